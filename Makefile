@@ -1,0 +1,42 @@
+# Every target works in a fresh clone: the first one run builds .venv, and pyproject.toml changing builds it anew.
+PYTHON ?= python3
+WORKERS ?= 2
+TORCH := torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench e2e clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml CMakeLists.txt
+	@echo "installing openm3 and $(TORCH) into .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q "$(TORCH)"
+	@$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## ask the bundled model three questions about a real long document
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## run every test but e2e
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+check: $(STAMP) ## format, lint, types and guards
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/guards
+
+bench: $(STAMP) ## measure this machine: every script in bench/
+	@for script in $(wildcard bench/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+e2e: $(STAMP) ## run the long tests on the bundled model
+	$(BIN)/python -m pytest -q -m e2e
+
+clean: ## remove builds and caches, keep .venv
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

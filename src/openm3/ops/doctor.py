@@ -1,0 +1,137 @@
+"""What this machine offers, and which implementation of each operator a typical call would run here, or why not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+
+from openm3.ops import attention, cache, experts, index, norm, sample
+from openm3.ops.cases import ExpertCase, Packed, PackedCase, Routed, packed, routed
+
+OPERATORS = (
+    *norm.OPERATORS,
+    *index.OPERATORS,
+    *attention.OPERATORS,
+    *experts.OPERATORS,
+    *cache.OPERATORS,
+    *sample.OPERATORS,
+)
+"""Every operator, in the order that a token meets them."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The `openm3 doctor` command: print the report, as JSON if `args.json`."""
+    found = report()
+    print(json.dumps(found) if args.json else render(found))
+    return 0
+
+
+def report() -> dict[str, Any]:
+    """Versions, processor and devices, and `operators[operator][implementation][device]`: yes, opt-in, or a reason."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    calls = {device: typical_calls(torch.device(device), torch.float32) for device in devices}
+    operators = {
+        operator.name: {
+            implementation.name: {
+                device: implementation.supports(*calls[device][operator.name])
+                or ("opt-in" if implementation.opt_in else "yes")
+                for device in devices
+            }
+            for implementation in operator.implementations
+        }
+        for operator in OPERATORS
+    }
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": {
+            "features": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "operators": operators,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    cpu, operators = report["cpu"], report["operators"]
+    lines = [
+        f"Python    {report['python']}, PyTorch {report['torch']}",
+        f"platform  {report['platform']}",
+        f"CPU       {cpu['features']}, {cpu['threads']} of {cpu['cores']} cores in use",
+        f"CUDA      {', '.join(report['cuda']) or 'no device'}",
+        "",
+    ]
+    rows = [
+        (operator if first == 0 else "", implementation, device, answer)
+        for operator, implementations in operators.items()
+        for first, (implementation, devices) in enumerate(implementations.items())
+        for device, answer in devices.items()
+    ]
+    table = [("operator", "implementation", "device", "runs"), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    for *cells, answer in table:
+        lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), answer]))
+    lines += ["", "The first yes of an operator runs; `with openm3.use(NAME):` forces another, opt-in ones included."]
+    return "\n".join(lines)
+
+
+def support_matrix() -> str:
+    """Markdown: the implementations of each operator on the CPU, by dtype. The same on every machine."""
+    calls = {dtype: typical_calls(torch.device("cpu"), dtype) for dtype in DTYPES}
+    heads = [f"CPU {str(dtype).removeprefix('torch.')}" for dtype in DTYPES]
+    lines = [_row("operator", *heads, "opt-in"), _row(*["---"] * (len(heads) + 2))]
+    for operator in OPERATORS:
+        fixed = [i for i in operator.implementations if not i.opt_in]
+        cells = [
+            ", ".join(i.name for i in fixed if i.supports(*call[operator.name]) is None) for call in calls.values()
+        ]
+        lines.append(_row(operator.name, *cells, ", ".join(i.name for i in operator.implementations if i.opt_in)))
+    return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def typical_calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments for each operator, by its name: a decoding request beside a short prompt."""
+    case = PackedCase(name="typical", num_tokens=(1, 130), lengths=(2500, 130))
+    p = Packed(*(x.to(device) for x in packed(case, dtype=dtype)))
+    e = Routed(*(x.to(device) for x in routed(ExpertCase(name="typical", num_tokens=131), dtype=dtype)))
+    keys = (p.q_TNH, p.k_MGBH, p.v_MGBH, *p.where)
+    rope = norm.rotary_table(torch.arange(131, device=device), 8, 1e4)
+    router_ED = torch.zeros(8, 16, device=device)
+    new_TGH, slot_T = p.q_TNH[:128, :2], torch.arange(128, device=device)
+    logit_RV = torch.zeros(2, 100, dtype=dtype, device=device)
+    return {
+        "rms_norm": (e.x_TD, e.x_TD[0], 1e-6),
+        "norm_rotate": (p.q_TNH, p.q_TNH[0, 0], *rope, 1e-6),
+        "select_blocks": (p.index_q_TGJ, p.index_k_MBJ, *p.where, 4, 1),
+        "block_scores": (p.index_q_TGJ, p.index_k_MBJ, *p.where),
+        "sparse_attention": (*keys, p.block_TGK, 0.25),
+        "sparse_attention_lse": (*keys, p.block_TGK, 0.25),
+        "dense_attention": (*keys, 0.25),
+        "swiglu": (e.x_TD, 1.702, 7.0),
+        "route": (e.x_TD, router_ED, router_ED[:, 0], 2),
+        "experts": (*e, 1.702, 7.0),
+        "write_pages": (
+            new_TGH,
+            new_TGH,
+            p.index_q_TGJ[:128, 0],
+            cache.Pool(p.k_MGBH, p.v_MGBH, p.index_k_MBJ),
+            slot_T,
+        ),
+        "sample": (logit_RV, sample.SampleParams().values(logit_RV), (), ()),
+        "top_logprobs": (logit_RV, 3),
+    }

@@ -1,0 +1,66 @@
+"""The mixture of experts: choose A of E a token, run them as clamped SwiGLU MLPs, add up their weighted outputs.
+
+`route(x_TD, router_ED, bias_E, num_active)` gives `expert_TA` (int32) and `weight_TA`: the A experts with the largest
+`sigmoid(x . router) + bias` (equal values: the smaller expert first), weighted by their sigmoid without the bias,
+normalised to sum 1. Router maths are in the router's dtype, float32 in every M3 model; the rest is in float32 whatever
+the inputs (float64 for float64), with the result in the dtype of x.
+
+`experts(x_TD, expert_TA, weight_TA, gate_up_E2FD, down_EDF, alpha=, limit=)` returns the weighted sum [T, D].
+
+`swiglu(gate_up, alpha=, limit=)` is the activation: first half of the last axis the gate, second half up;
+`(clamp(up) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from openm3.ops.dispatch import Implementation, Operator, always, compiled
+from openm3.ops.experts import padded, reference
+
+SWIGLU = Operator("swiglu", (Implementation("reference", always, reference.swiglu), compiled(reference.swiglu)))
+ROUTE = Operator("route", (Implementation("reference", always, reference.route),))
+EXPERTS = Operator(
+    "experts",
+    (
+        Implementation("reference", always, reference.experts),
+        Implementation("compiled", padded.supports, padded.experts, opt_in=True),
+    ),
+)
+OPERATORS = (SWIGLU, ROUTE, EXPERTS)
+
+
+def swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """Clamped SwiGLU of `[..., 2F]` -> `[..., F]`."""
+    out: Tensor = SWIGLU(gate_up, alpha, limit)
+    return out
+
+
+def route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their weights: `expert_TA` (int32), `weight_TA`."""
+    if not 0 < num_active <= router_ED.shape[0]:
+        raise ValueError(f"num_active must be between 1 and the {router_ED.shape[0]} experts, not {num_active}")
+    chosen: tuple[Tensor, Tensor] = ROUTE(x_TD, router_ED, bias_E, num_active)
+    return chosen
+
+
+def experts(
+    x_TD: Tensor,
+    expert_TA: Tensor,
+    weight_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """The weighted sum of each token's experts, [T, D]."""
+    num_experts, width, inner = down_EDF.shape
+    if x_TD.shape[1:] != (width,) or gate_up_E2FD.shape != (num_experts, 2 * inner, width):
+        both = f"{list(x_TD.shape)} and {list(gate_up_E2FD.shape)}"
+        raise ValueError(f"down {list(down_EDF.shape)} needs x [T, D] and gate_up [E, 2F, D] to match, not {both}")
+    if expert_TA.shape != weight_TA.shape or expert_TA.shape[:1] != x_TD.shape[:1]:
+        both = f"{list(expert_TA.shape)} and {list(weight_TA.shape)}"
+        raise ValueError(f"expected experts and weights [{x_TD.shape[0]}, A], not {both}")
+    out: Tensor = EXPERTS(x_TD, expert_TA, weight_TA, gate_up_E2FD, down_EDF, alpha, limit)
+    return out

@@ -1,0 +1,93 @@
+"""The index branch of sparse attention: score 128-token blocks for each token and KV group, keep the best K.
+
+`select_blocks(index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R, num_selected=16, num_local=1) -> block_TGK`
+
+- Packed batch: request r owns tokens `start_R1[r]:start_R1[r+1]`; `length_R[r]` is its whole key length, these tokens
+  included, so its token i stands at position `length_R[r] - (start_R1[r+1] - start_R1[r]) + i`. `page_RP` maps its
+  logical blocks to pages of the pool.
+- The score of a block is the largest `index_q . index_k` over its causally visible tokens: stored values, float32 sums,
+  no scale, no ReLU, no head weights. NaN counts as -inf.
+- The token's own block and the `num_local - 1` before it are always taken and use slots of K. Then by score descending,
+  equal scores by smaller block. Fewer than K visible: all of them.
+- The result (int32) holds logical blocks, ascending, -1 at the tail.
+
+`block_scores(...) -> score_TGP` is the same score, materialised, for tools and tests (-inf where nothing is visible).
+
+Source: MiniMax Sparse Attention, equations 6 and 7; the order among equals is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openm3.ops.dispatch import Implementation, Operator, always
+from openm3.ops.index import blocked, reference
+
+SELECT_BLOCKS = Operator(
+    "select_blocks",
+    (
+        Implementation("blocked", blocked.supports, blocked.select_blocks),
+        Implementation("reference", always, reference.select_blocks),
+    ),
+)
+BLOCK_SCORES = Operator("block_scores", (Implementation("reference", always, reference.block_scores),))
+OPERATORS = (SELECT_BLOCKS, BLOCK_SCORES)
+
+
+def select_blocks(
+    index_q_TGJ: Tensor,
+    index_k_MBJ: Tensor,
+    page_RP: Tensor,
+    start_R1: Tensor,
+    length_R: Tensor,
+    *,
+    num_selected: int = 16,
+    num_local: int = 1,
+) -> Tensor:
+    """The K blocks each token and group attends to: `block_TGK`, int32, ascending, -1 at the tail."""
+    _check(index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R)
+    if not 0 < num_local <= num_selected:
+        raise ValueError(f"num_local must be between 1 and num_selected {num_selected}, not {num_local}")
+    with torch.no_grad():
+        block_TGK: Tensor = SELECT_BLOCKS(
+            index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R, num_selected, num_local
+        )
+    return block_TGK
+
+
+def block_scores(
+    index_q_TGJ: Tensor, index_k_MBJ: Tensor, page_RP: Tensor, start_R1: Tensor, length_R: Tensor
+) -> Tensor:
+    """The score of every block, `score_TGP` (float32), -inf where a token sees nothing."""
+    _check(index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R)
+    score_TGP: Tensor = BLOCK_SCORES(index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R)
+    return score_TGP
+
+
+def _check(index_q_TGJ: Tensor, index_k_MBJ: Tensor, page_RP: Tensor, start_R1: Tensor, length_R: Tensor) -> None:
+    if index_q_TGJ.ndim != 3 or index_k_MBJ.ndim != 3 or index_q_TGJ.shape[2] != index_k_MBJ.shape[2]:
+        both = f"{list(index_q_TGJ.shape)} and {list(index_k_MBJ.shape)}"
+        raise ValueError(f"expected index_q [T, G, J] and index_k [M, B, J], not {both}")
+    check_batch(index_q_TGJ.shape[0], index_k_MBJ.shape[1], page_RP, start_R1, length_R)
+
+
+def check_batch(num_tokens: int, block_size: int, page_RP: Tensor, start_R1: Tensor, length_R: Tensor) -> None:
+    """Raise ValueError unless the packed batch is consistent. Values on an accelerator are not looked at."""
+    requests = length_R.shape[0]
+    if page_RP.ndim != 2 or page_RP.shape[0] != requests or start_R1.shape != (requests + 1,):
+        raise ValueError(
+            f"{requests} requests need page_RP [{requests}, P] and start_R1 [{requests + 1}], "
+            f"not {list(page_RP.shape)} and {list(start_R1.shape)}"
+        )
+    if start_R1.device.type != "cpu":
+        return
+    starts, capacity = start_R1.tolist(), page_RP.shape[1] * block_size
+    if starts[0] != 0 or starts[-1] != num_tokens:
+        raise ValueError(f"start_R1 must go from 0 to the {num_tokens} tokens given, not {starts[0]} to {starts[-1]}")
+    for r, length in enumerate(length_R.tolist()):
+        count = starts[r + 1] - starts[r]
+        if not 0 <= count <= length:
+            raise ValueError(f"request {r} has {count} tokens in this step, but a key length of {length}")
+        if length > capacity:
+            raise ValueError(f"request {r} has {length} keys, more than its {page_RP.shape[1]} pages hold")

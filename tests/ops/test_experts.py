@@ -1,0 +1,171 @@
+"""Experts: routing's total order, and every implementation against a loop over tokens."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm3.ops.cases import EXPERTS as CASES
+from openm3.ops.cases import ExpertCase, Routed, routed
+from openm3.ops.dispatch import Implementation
+from openm3.ops.experts import EXPERTS, SWIGLU, experts, route, swiglu
+
+ALPHA, LIMIT = 1.702, 7.0
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_implementation = pytest.mark.parametrize("implementation", EXPERTS.implementations, ids=lambda i: i.name)
+
+
+def defined_swiglu(gate: float, up: float) -> float:
+    gate, up = min(gate, LIMIT), max(-LIMIT, min(up, LIMIT))
+    return (up + 1) * gate / (1 + math.exp(-ALPHA * gate))
+
+
+def defined(e: Routed) -> Tensor:
+    """One token and one expert at a time, float64."""
+    x_TD, expert_TA, weight_TA, gate_up_E2FD, down_EDF = (x if x.dtype == torch.int32 else x.double() for x in e)
+    out_TD = torch.zeros_like(x_TD)
+    for t, row in enumerate(expert_TA.tolist()):
+        for expert, weight in zip(row, weight_TA[t], strict=True):
+            gate_F, up_F = (gate_up_E2FD[expert] @ x_TD[t]).chunk(2)
+            pairs = zip(gate_F.tolist(), up_F.tolist(), strict=True)
+            hidden_F = torch.tensor([defined_swiglu(gate, up) for gate, up in pairs], dtype=torch.float64)
+            out_TD[t] += weight * (down_EDF[expert] @ hidden_F)
+    return out_TD
+
+
+@each_implementation
+@each_case
+def test_experts_are_the_loop(case: ExpertCase, implementation: Implementation, run: Callable[..., Any]) -> None:
+    e = routed(case)
+    wanted_TD = defined(e)
+    out_TD = run(implementation, *e, ALPHA, LIMIT)
+    assert out_TD.shape == e.x_TD.shape and out_TD.dtype == torch.float32
+    size = float(wanted_TD.abs().max()) if wanted_TD.numel() else 1.0
+    torch.testing.assert_close(out_TD.double(), wanted_TD, rtol=0, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_experts_are_computed_wide(dtype: torch.dtype) -> None:
+    """Only the result is rounded to the dtype of x."""
+    e = routed(CASES[-1], dtype=dtype)
+    out_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
+    assert out_TD.dtype == dtype
+    wanted_TD = defined(e)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out_TD.double(), wanted_TD, rtol=eps, atol=1e-6 * float(wanted_TD.abs().max()))
+
+
+@each_implementation
+def test_gradients_of_experts(implementation: Implementation, run: Callable[..., Any]) -> None:
+    e = routed(ExpertCase(name="", num_tokens=11, num_experts=4))
+
+    def gradients(function: Callable[..., Any], e: Routed) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (e.x_TD, e.weight_TA, e.gate_up_E2FD, e.down_EDF)]
+        out = function(leaves[0], e.expert_TA, *leaves[1:], ALPHA, LIMIT)
+        return list(torch.autograd.grad(out.square().sum(), leaves))
+
+    wide = Routed(*(x if x.dtype == torch.int32 else x.double() for x in e))
+    got = gradients(lambda *args: run(implementation, *args), e)
+    for x, truth in zip(got, gradients(EXPERTS.implementations[0].run, wide), strict=True):
+        torch.testing.assert_close(x.double(), truth, rtol=0, atol=2e-6 * float(truth.abs().max()))
+
+
+def test_gradients_of_the_reference_are_derivatives() -> None:
+    e = routed(ExpertCase(name="", num_tokens=3, num_experts=3, width=2, inner=2), dtype=torch.float64)
+    leaves = [x.double().requires_grad_() for x in (e.x_TD, e.weight_TA, e.gate_up_E2FD, e.down_EDF)]
+
+    def function(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return experts(x, e.expert_TA, weight, gate_up, down, alpha=ALPHA, limit=LIMIT)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_experts_without_tokens_get_no_gradient_and_tokens_do_not_mix() -> None:
+    e = routed(next(case for case in CASES if case.crowded))
+    gate_up = e.gate_up_E2FD.clone().requires_grad_()
+    experts(*e[:3], gate_up, e.down_EDF, alpha=ALPHA, limit=LIMIT).sum().backward()
+    assert gate_up.grad is not None and gate_up.grad[:2].any() and not gate_up.grad[2:].any()
+    poisoned = e.x_TD.clone()
+    poisoned[3] = torch.nan
+    out_TD = experts(poisoned, *e[1:], alpha=ALPHA, limit=LIMIT)
+    assert out_TD[3].isnan().all() and int(out_TD.isnan().any(-1).sum()) == 1
+
+
+@pytest.mark.parametrize("implementation", SWIGLU.implementations, ids=lambda i: i.name)
+def test_swiglu_is_its_formula_and_clamps(implementation: Implementation, run: Callable[..., Any]) -> None:
+    values = [-100.0, -7.0, -1.0, 0.0, 0.5, 7.0, 7.5, 100.0]
+    gate_up = torch.tensor([[g, u] for g in values for u in values])
+    wanted = torch.tensor([[defined_swiglu(g, u)] for g in values for u in values])
+    torch.testing.assert_close(run(implementation, gate_up, ALPHA, LIMIT), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_swiglu_of_bfloat16_is_rounded_once() -> None:
+    gate_up = (torch.randn(50, 8) * 5).bfloat16()
+    wanted = swiglu(gate_up.float(), alpha=ALPHA, limit=LIMIT).bfloat16()
+    assert torch.equal(swiglu(gate_up, alpha=ALPHA, limit=LIMIT), wanted)
+
+
+def test_route_takes_the_largest_and_weighs_without_the_bias() -> None:
+    x_TD, router_ED, bias_E = torch.randn(20, 6), torch.randn(9, 6), torch.randn(9) * 0.2
+    expert_TA, weight_TA = route(x_TD, router_ED, bias_E, 3)
+    assert expert_TA.dtype == torch.int32 and weight_TA.dtype == torch.float32
+    for t in range(20):
+        score_E = torch.sigmoid(router_ED @ x_TD[t])
+        best = sorted(range(9), key=lambda e: -float((score_E + bias_E)[e]))[:3]
+        assert expert_TA[t].tolist() == best
+        torch.testing.assert_close(weight_TA[t], score_E[best] / score_E[best].sum())
+    assert not torch.equal(expert_TA, route(x_TD, router_ED, torch.zeros(9), 3)[0])
+
+
+def test_route_ties_take_the_smaller_expert() -> None:
+    x_TD = torch.ones(2, 4)
+    expert_TA, weight_TA = route(x_TD, torch.ones(8, 4), torch.zeros(8), 3)
+    assert expert_TA.tolist() == [[0, 1, 2]] * 2
+    torch.testing.assert_close(weight_TA, torch.full((2, 3), 1 / 3))
+    bias_E = torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1])
+    assert route(x_TD, torch.ones(8, 4), bias_E, 3)[0].tolist() == [[1, 3, 5]] * 2
+    assert route(x_TD, torch.ones(8, 4), torch.zeros(8), 8)[0].tolist() == [list(range(8))] * 2
+
+
+def test_route_maths_are_in_the_routers_dtype() -> None:
+    """Logits that bfloat16 cannot tell apart still choose the larger."""
+    router_ED = torch.tensor([[1.0, 0.0], [1.0, 2**-12]])
+    x_TD = torch.ones(1, 2, dtype=torch.bfloat16)
+    expert_TA, weight_TA = route(x_TD, router_ED, torch.zeros(2), 1)
+    assert expert_TA.tolist() == [[1]] and weight_TA.dtype == torch.float32
+
+
+def test_route_gives_no_gradient_to_the_bias() -> None:
+    bias_E, router_ED = torch.zeros(4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    _, weight_TA = route(torch.randn(5, 3), router_ED, bias_E, 2)
+    weight_TA[:, 0].sum().backward()
+    assert bias_E.grad is None and router_ED.grad is not None and router_ED.grad.any()
+
+
+def test_route_of_no_tokens() -> None:
+    expert_TA, weight_TA = route(torch.empty(0, 3), torch.randn(4, 3), torch.zeros(4), 2)
+    assert expert_TA.shape == weight_TA.shape == (0, 2)
+
+
+@pytest.mark.parametrize("num_active", [0, 5])
+def test_impossible_counts_are_refused(num_active: int) -> None:
+    with pytest.raises(ValueError, match=f"between 1 and the 4 experts, not {num_active}"):
+        route(torch.randn(1, 3), torch.randn(4, 3), torch.zeros(4), num_active)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_TD": torch.zeros(5, 9)}, r"x \[T, D\]"),
+        ({"gate_up_E2FD": torch.zeros(1, 12, 16)}, r"gate_up \[E, 2F, D\]"),
+        ({"expert_TA": torch.zeros(5, 2, dtype=torch.int32)}, r"experts and weights \[5, A\]"),
+    ],
+)
+def test_wrong_shapes_are_refused(change: dict[str, Tensor], message: str) -> None:
+    e = routed(next(case for case in CASES if case.name == "one_expert"))._replace(**change)
+    with pytest.raises(ValueError, match=message):
+        experts(*e, alpha=ALPHA, limit=LIMIT)

@@ -1,0 +1,115 @@
+"""One attention layer: project, norm and rotate, store the keys, select blocks, attend, project back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from openm3.config import BLOCK, ModelConfig
+from openm3.model.batch import Batch
+from openm3.ops.attention import dense_attention, sparse_attention
+from openm3.ops.cache import Pool, write_pages
+from openm3.ops.index import select_blocks
+from openm3.ops.norm import norm_rotate
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one layer attends with: queries and paged keys, after norm and rotation.
+
+    `index_q_TGJ` and `block_TGK` are None in dense layers, as is the pool's index part.
+    """
+
+    q_TNH: Tensor
+    pool: Pool
+    index_q_TGJ: Tensor | None
+    block_TGK: Tensor | None
+    scale: float
+
+
+class Observer(Protocol):
+    """Sees each layer's heads before attention runs: how traces are taken and index losses computed."""
+
+    def __call__(self, layer: int, heads: Heads, batch: Batch) -> None: ...
+
+
+class Norm(nn.Module):
+    """The weight of an RMS norm with unit offset."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with per-head norms and partial rotation; with an index branch in sparse layers."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        c = self.config = config
+        self.layer = layer
+        self.sparse = c.layer_types[layer] == "sparse"
+        self.scale = c.head_dim**-0.5
+        self.q = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
+        self.k = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.v = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
+        self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = Norm(c.head_dim)
+        self.k_norm = Norm(c.head_dim)
+        if self.sparse:
+            self.index_q = nn.Linear(c.hidden_size, c.num_groups * c.index_dim, bias=False)
+            self.index_k = nn.Linear(c.hidden_size, c.index_dim, bias=False)
+            self.index_q_norm = Norm(c.index_dim)
+            self.index_k_norm = Norm(c.index_dim)
+
+    def forward(
+        self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], pool: Pool | None, observer: Observer | None
+    ) -> Tensor:
+        c, eps = self.config, self.config.norm_eps
+        q_TNH = norm_rotate(self.q(x_TD).unflatten(-1, (c.num_heads, c.head_dim)), self.q_norm.weight, *rope, eps)
+        k_TGH = norm_rotate(self.k(x_TD).unflatten(-1, (c.num_groups, c.head_dim)), self.k_norm.weight, *rope, eps)
+        v_TGH = self.v(x_TD).unflatten(-1, (c.num_groups, c.head_dim))
+        index_q_TGJ, index_k_TJ = self._index(x_TD, rope) if self.sparse else (None, None)
+        if pool is None:
+            pool = own_pages(k_TGH, v_TGH, index_k_TJ, batch)
+        else:
+            write_pages(k_TGH, v_TGH, index_k_TJ, pool, batch.slot_T)
+        where = (batch.page_RP, batch.start_R1, batch.length_R)
+        block_TGK = None
+        if index_q_TGJ is not None and pool.index_k_MBJ is not None:
+            block_TGK = select_blocks(
+                index_q_TGJ, pool.index_k_MBJ, *where, num_selected=c.num_selected, num_local=c.num_local
+            )
+        if observer is not None:
+            observer(self.layer, Heads(q_TNH, pool, index_q_TGJ, block_TGK, self.scale), batch)
+        if block_TGK is None or batch.page_RP.shape[1] <= c.num_selected:
+            out_TNH = dense_attention(q_TNH, pool.k_MGBH, pool.v_MGBH, *where, scale=self.scale)
+        else:
+            out_TNH = sparse_attention(q_TNH, pool.k_MGBH, pool.v_MGBH, *where, block_TGK, scale=self.scale)
+        out_TD: Tensor = self.o(out_TNH.flatten(1))
+        return out_TD
+
+    def _index(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Index queries and keys. Their input is detached: only the index loss trains this branch, and nothing else."""
+        c, eps = self.config, self.config.norm_eps
+        x_TD = x_TD.detach()
+        index_q_TGJ = self.index_q(x_TD).unflatten(-1, (c.num_groups, c.index_dim))
+        index_k_T1J = self.index_k(x_TD)[:, None]
+        index_q_TGJ = norm_rotate(index_q_TGJ, self.index_q_norm.weight, *rope, eps)
+        index_k_T1J = norm_rotate(index_k_T1J, self.index_k_norm.weight, *rope, eps)
+        return index_q_TGJ, index_k_T1J[:, 0]
+
+
+def own_pages(k_TGH: Tensor, v_TGH: Tensor, index_k_TJ: Tensor | None, batch: Batch) -> Pool:
+    """Pages made of this step's own tokens, differentiable: what a pass without a cache attends to."""
+    size = batch.num_pages * BLOCK
+
+    def paged(x: Tensor) -> Tensor:
+        pages: Tensor = x.new_zeros((size, *x.shape[1:])).index_copy(0, batch.slot_T, x).unflatten(0, (-1, BLOCK))
+        return pages
+
+    index_k_MBJ = None if index_k_TJ is None else paged(index_k_TJ)
+    return Pool(paged(k_TGH).transpose(1, 2), paged(v_TGH).transpose(1, 2), index_k_MBJ)

@@ -1,0 +1,139 @@
+"""A loaded model: weights, config and tokenizer, and the plain ways to run them that all else is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from openm3.config import ModelConfig
+from openm3.errors import CheckpointError, PromptError
+from openm3.model import checkpoint
+from openm3.model.attention import Heads
+from openm3.model.batch import Batch
+from openm3.model.network import Network
+from openm3.model.session import Session
+from openm3.tokens.tokenizer import Tokenizer
+
+BUNDLED = {"m3-tiny": Path(__file__).parent.parent / "assets" / "m3-tiny"}
+"""Checkpoints inside the package, by name."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What each sparse layer selected: `blocks[layer]` is block_TGK (int32, ascending, -1 tail)."""
+
+    blocks: dict[int, NDArray[np.int32]]
+
+
+class Model:
+    """One M3-family model in memory. Made by `load`."""
+
+    def __init__(self, network: Network, tokenizer: Tokenizer, name: str) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.config: ModelConfig = network.config
+        self.tokenizer = tokenizer
+        self.name = name
+
+    def check_ids(self, ids: Sequence[int], room: int = 0) -> list[int]:
+        """The ids as a list. Raises PromptError if empty, out of range, or too long for the model with `room` more."""
+        ids = [int(i) for i in ids]
+        limit, vocab = self.config.max_positions, self.config.vocab_size
+        if not ids:
+            raise PromptError("the prompt is empty: give at least one token")
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise PromptError(f"token id {bad} is outside the vocabulary of {vocab}")
+        if len(ids) + room > limit:
+            more = f" and {room} to generate" if room else ""
+            raise PromptError(f"{len(ids)} tokens{more} exceed the model's limit of {limit}")
+        return ids
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int], media: None = None) -> Tensor:
+        """Next-token logits after every token, [T, V] float32, in one pass without a cache.
+
+        Raises PromptError for ids that cannot be run. `media` is reserved for images and video, not implemented yet.
+        """
+        if media is not None:
+            raise PromptError("this version reads text only: media must be None")
+        batch = Batch.whole([torch.tensor(self.check_ids(ids))])
+        logit_TV: Tensor = self.network(batch).float()
+        return logit_TV
+
+    def generate(self, ids: Sequence[int], *, max_new_tokens: int = 128, stop_ids: Sequence[int] = ()) -> Iterator[int]:
+        """Greedy tokens after a prompt, with a cache. Ends after `max_new_tokens`, or before a token of `stop_ids`.
+
+        Raises PromptError for ids that cannot be run.
+        """
+        if max_new_tokens < 0:
+            raise PromptError(f"max_new_tokens must not be negative, not {max_new_tokens}")
+        ids = self.check_ids(ids, max_new_tokens)
+        return self._generate(ids, max_new_tokens, frozenset(stop_ids))
+
+    def _generate(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+        session = self.session(len(ids) + max_new_tokens)
+        for token in session.decode(session.read(ids), max_new_tokens):
+            if token in stop_ids:
+                return
+            yield token
+
+    def session(self, capacity: int) -> Session:
+        """A fresh cache for up to `capacity` tokens."""
+        if capacity > self.config.max_positions:
+            raise PromptError(f"{capacity} tokens exceed the model's limit of {self.config.max_positions}")
+        return Session(self.network, capacity)
+
+    @torch.inference_mode()
+    def trace(self, ids: Sequence[int]) -> Trace:
+        """Run a prompt and record the blocks that every sparse layer selected."""
+        blocks: dict[int, NDArray[np.int32]] = {}
+
+        def observer(layer: int, heads: Heads, batch: Batch) -> None:
+            if heads.block_TGK is not None:
+                blocks[layer] = heads.block_TGK.numpy().copy()
+
+        self.network.hidden(Batch.whole([torch.tensor(self.check_ids(ids))]), observer=observer)
+        return Trace(blocks)
+
+
+def load(path: str | Path = "m3-tiny", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Load a bundled model by name or a checkpoint folder in the published layout.
+
+    Weights are converted to `dtype`, except the router's, which stay float32. Raises ConfigError or CheckpointError.
+    """
+    if device != "cpu":
+        raise CheckpointError(f"device must be 'cpu' in this version, not {device!r}")
+    folder = BUNDLED.get(str(path), Path(path))
+    if not folder.is_dir():
+        names = ", ".join(sorted(BUNDLED))
+        raise CheckpointError(f"no checkpoint folder at {path}; give a folder or one of: {names}")
+    config = ModelConfig.from_file(folder)
+    checkpoint.check(folder, config)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    with torch.device("meta"):
+        network = Network(config)
+    network = _materialise(network, dtype)
+    checkpoint.load_into(network.state_dict(keep_vars=False), folder, config)
+    return Model(network, tokenizer, str(path))
+
+
+def _materialise(network: Network, dtype: torch.dtype) -> Network:
+    """Empty memory for every parameter, in `dtype` but for the router."""
+    for name, value in [*network.named_parameters(), *network.named_buffers()]:
+        module = network.get_submodule(name.rpartition(".")[0])
+        kind = torch.float32 if ".router." in name else dtype
+        empty = torch.empty(value.shape, dtype=kind)
+        leaf = name.rpartition(".")[2]
+        if leaf in module._parameters:
+            module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
+        else:
+            module._buffers[leaf] = empty
+    return network

@@ -1,0 +1,63 @@
+"""The feed-forward half of a layer: one SwiGLU, or a few of many experts beside a shared one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from openm3.config import ModelConfig
+from openm3.ops.experts import experts, route, swiglu
+
+
+class Mlp(nn.Module):
+    """Clamped SwiGLU; `gate_up` holds the gate's rows first."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_up = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        c = self.config
+        out_TD: Tensor = self.down(swiglu(self.gate_up(x_TD), alpha=c.swiglu_alpha, limit=c.swiglu_limit))
+        return out_TD
+
+
+class Router(nn.Module):
+    """Router weight and correction bias: float32 in every model, whatever the other weights are."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.bias: Tensor
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked; gate rows first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.gate_up = nn.Parameter(torch.zeros(c.num_experts, 2 * c.expert_size, c.hidden_size))
+        self.down = nn.Parameter(torch.zeros(c.num_experts, c.hidden_size, c.expert_size))
+
+
+class Moe(nn.Module):
+    """Routed experts, scaled, plus the shared expert."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = Mlp(config, config.shared_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        c = self.config
+        expert_TA, weight_TA = route(x_TD, self.router.weight, self.router.bias, c.num_active)
+        weights = (self.experts.gate_up, self.experts.down)
+        routed_TD = experts(x_TD, expert_TA, weight_TA, *weights, alpha=c.swiglu_alpha, limit=c.swiglu_limit)
+        shared_TD: Tensor = self.shared(x_TD)
+        return routed_TD * c.routed_scale + shared_TD

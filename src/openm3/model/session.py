@@ -1,0 +1,68 @@
+"""One request's cache: read a prompt in chunks, then go on token by token. The engine's oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from openm3.config import BLOCK
+from openm3.model.attention import Observer
+from openm3.model.batch import Batch
+from openm3.model.network import Network
+
+CHUNK = 1024
+"""Tokens read at a time: enough to keep matrix products large, little enough for progress and Ctrl-C."""
+
+
+class Session:
+    """The keys and values of one sequence, up to `capacity` tokens, in pages of their own."""
+
+    def __init__(self, network: Network, capacity: int) -> None:
+        self.network = network
+        self.capacity = capacity
+        self.length = 0
+        num_pages = -(-capacity // BLOCK)
+        self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
+        self._page_P = torch.arange(num_pages, dtype=torch.int32)
+
+    @torch.inference_mode()
+    def read(
+        self,
+        ids: list[int],
+        *,
+        chunk: int = CHUNK,
+        on_progress: Callable[[int], None] | None = None,
+        observer: Observer | None = None,
+    ) -> Tensor:
+        """Append tokens; returns the logits [V] (float32) after the last. `on_progress` gets the tokens read so far.
+
+        Interrupted between chunks, the session holds what was read and can go on from `length`.
+        """
+        assert ids and self.length + len(ids) <= self.capacity
+        hidden_TD = None
+        for first in range(0, len(ids), chunk):
+            part = torch.tensor(ids[first : first + chunk])
+            end = self.length + part.shape[0]
+            batch = Batch.step(part, self.length, self._page_P[: -(-end // BLOCK)])
+            hidden_TD = self.network.hidden(batch, self.pools, observer)
+            self.length = end
+            if on_progress is not None:
+                on_progress(first + part.shape[0])
+        assert hidden_TD is not None
+        logit_V: Tensor = self.network.head(hidden_TD[-1]).float()
+        return logit_V
+
+    def rewind(self, length: int) -> None:
+        """Forget everything after the first `length` tokens: the next read overwrites it."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def decode(self, logit_V: Tensor, limit: int, observer: Observer | None = None) -> Iterator[int]:
+        """Greedy tokens from the logits after the prompt, at most `limit`; equal logits take the smaller id."""
+        for i in range(limit):
+            token = int(logit_V.argmax())
+            yield token
+            if i + 1 < limit:
+                logit_V = self.read([token], observer=observer)

@@ -1,0 +1,217 @@
+"""The training loop: batches, losses, two optimisers, checkpoints that a kill cannot tear.
+
+It knows recipes and the network; where text comes from and where the result goes is the command's business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm3.model.attention import Heads
+from openm3.model.batch import Batch
+from openm3.model.moe import Moe, Router
+from openm3.model.network import Network
+from openm3.ops.dispatch import use
+from openm3.train.data import Mixture, Prefetcher, Sample, SequenceMaker
+from openm3.train.index_loss import index_kl
+from openm3.train.initial import initialise
+from openm3.train.optim import Muon
+from openm3.train.recipe import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one step measured. Losses in nats a token, speed in tokens a second."""
+
+    step: int
+    stage: str
+    text_loss: float
+    answer_loss: float
+    answer_exact: float
+    index_loss: float
+    tokens: int
+    seconds: float
+
+
+class Trainer:
+    """One training run that can be stopped and resumed at any step."""
+
+    def __init__(
+        self, recipe: Recipe, maker: SequenceMaker, *, worker: int = 0, low_precision: bool, compiled: bool
+    ) -> None:
+        self.recipe = recipe
+        self.maker = maker
+        self.low_precision = low_precision
+        self.compiled = compiled
+        self.network = Network(recipe.model)
+        initialise(self.network, recipe.seed)
+        self.matrices, vectors = _split_parameters(self.network)
+        dtype = torch.bfloat16 if low_precision else torch.float32
+        self.muon = Muon(self.matrices, dtype=dtype)
+        self.adam = torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-10)
+        self.rows = torch.Generator().manual_seed(1000 * recipe.seed + worker)
+        self.step = 0
+        self._loads: dict[Moe, Tensor] = {}
+
+    def run(self, on_step: Callable[[Report], None], save_to: Path | None = None) -> None:
+        """Train to the recipe's end, saving every few minutes; Ctrl-C saves and stops."""
+        saved = time.monotonic()
+        feed = Prefetcher(self.maker, self._mixtures())
+        try:
+            for rows in feed:
+                on_step(self.train_step(rows))
+                if save_to is not None and time.monotonic() - saved > 60 * self.recipe.checkpoint_minutes:
+                    self.save(save_to)
+                    saved = time.monotonic()
+        finally:
+            feed.close()
+            if save_to is not None:
+                self.save(save_to)
+
+    def train_step(self, rows: list[Sample]) -> Report:
+        """One update from some sequences."""
+        begin = time.perf_counter()
+        stage = self.stage()
+        batch = Batch.whole([r.ids_T for r in rows], [r.position_T for r in rows])
+        losses: list[Tensor] = []
+        chosen = [self._index_rows(row) for row in rows]
+
+        def observer(layer: int, heads: Heads, batch: Batch) -> None:
+            losses.append(index_kl(heads, batch, chosen, selected=stage.selected))
+
+        with self._fast():
+            hidden_TD = self.network.hidden(batch, observer=observer)
+            text, answer, exact = self._language_losses(hidden_TD, rows)
+            index = torch.stack(losses).sum()
+            (self.recipe.text_weight * text + answer + self.recipe.index_weight * index).backward()
+        self._average_gradients()
+        self._update()
+        self.step += 1
+        tokens = int(batch.ids_T.shape[0])
+        seconds = time.perf_counter() - begin
+        return Report(self.step, stage.name, text.item(), answer.item(), exact, index.item(), tokens, seconds)
+
+    def stage(self) -> Stage:
+        """The stage that the next step belongs to."""
+        left = self.step
+        for stage in self.recipe.stages:
+            if left < stage.steps:
+                return stage
+            left -= stage.steps
+        return self.recipe.stages[-1]
+
+    def learning_rate(self) -> float:
+        """Share of the full rate at this step: linear warm-up, constant, then linear decay."""
+        r = self.recipe
+        if self.step < r.warmup_steps:
+            return (self.step + 1) / r.warmup_steps
+        left = (r.steps - self.step) / (r.decay_share * r.steps)
+        return min(1.0, r.final_lr + (1 - r.final_lr) * left)
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on, atomically."""
+        state = {
+            "recipe": self.recipe.name,
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "rows": self.rows.get_state(),
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a saved state. The text that follows is drawn afresh from a seed of that step."""
+        state = torch.load(path, weights_only=True)
+        self.step = state["step"]
+        self.network.load_state_dict(state["network"])
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        self.rows.set_state(state["rows"])
+        self.maker.rng.seed(f"{self.maker.seed}-{self.step}")
+
+    @contextmanager
+    def _fast(self) -> Iterator[None]:
+        """Fused elementwise operators, and bfloat16 matrix products where the processor has units for them."""
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16" if self.low_precision else before
+        try:
+            with use("compiled") if self.compiled else nullcontext():
+                yield
+        finally:
+            matmul.fp32_precision = before
+
+    def _mixtures(self) -> Iterator[Mixture]:
+        done = 0
+        for stage in self.recipe.stages:
+            for i in range(stage.steps):
+                if done + i >= self.step:
+                    yield stage.mixture
+            done += stage.steps
+
+    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float]:
+        """Mean next-token losses on some text and some answer tokens, and the share of the latter guessed right."""
+        target_T = torch.cat([F.pad(r.ids_T[1:], (0, 1), value=-1) for r in rows])
+        answer_T = torch.cat([F.pad(r.answer_T[1:], (0, 1), value=False) for r in rows])
+        text_S = (~answer_T & (target_T >= 0)).nonzero()[:, 0]
+        answer_S = answer_T.nonzero()[:, 0]
+        count = int(target_T.shape[0] * self.recipe.loss_share)
+        answer_S = answer_S[torch.randperm(answer_S.shape[0], generator=self.rows)[: count * 3 // 4]]
+        text_S = text_S[torch.randperm(text_S.shape[0], generator=self.rows)[: count - answer_S.shape[0]]]
+        split = answer_S.shape[0]
+        token_S = torch.cat((answer_S, text_S))
+        logit_SV = self.network.head(hidden_TD[token_S]).float()
+        loss_S = F.cross_entropy(logit_SV, target_T[token_S], reduction="none")
+        right = (logit_SV[:split].argmax(-1) == target_T[answer_S]).float().mean()
+        return loss_S[split:].mean(), loss_S[:split].mean(), right.item()
+
+    def _index_rows(self, row: Sample) -> Tensor:
+        """Tokens whose index loss counts: half of them before answer tokens, the others anywhere."""
+        count, length = self.recipe.index_rows, row.ids_T.shape[0]
+        asked = row.answer_T[1:].nonzero()[:, 0]
+        half = asked[torch.randperm(asked.shape[0], generator=self.rows)[: count // 2]]
+        return torch.cat((half, torch.randint(0, length, (count - half.shape[0],), generator=self.rows)))
+
+    def _average_gradients(self) -> None:
+        """Mean gradients over the workers, in one transfer."""
+        if not dist.is_initialized():
+            return
+        grads = [p.grad for p in self.network.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def _update(self) -> None:
+        rate = self.learning_rate()
+        self.muon.param_groups[0]["lr"] = self.recipe.matrix_lr * rate
+        self.adam.param_groups[0]["lr"] = self.recipe.vector_lr * rate
+        nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
+        for optimiser in (self.muon, self.adam):
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+
+def _split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices inside the layers, for Muon; everything else, for AdamW."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    routers = {id(p) for m in network.modules() if isinstance(m, Router) for p in m.parameters()}
+    for name, p in network.named_parameters():
+        inside = name.startswith("layers.") and p.ndim >= 2 and id(p) not in routers
+        (matrices if inside else others).append(p)
+    return matrices, others

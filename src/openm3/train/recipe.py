@@ -1,0 +1,90 @@
+"""What is trained and how: the recipes that `openm3 train` knows by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openm3.config import ModelConfig
+from openm3.train.data import Mixture
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training: its data, its length in steps, and whether the index branch already selects.
+
+    In the warm-up (`selected=False`) the index loss compares over every visible token; afterwards over the selected
+    blocks. Sequences of up to 2,048 tokens attend to everything either way: 16 blocks are all there is.
+    """
+
+    name: str
+    steps: int
+    mixture: Mixture
+    selected: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run: vocabulary, model, stages and optimiser."""
+
+    name: str
+    vocab_size: int
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    matrix_lr: float = 0.01
+    vector_lr: float = 4e-3
+    warmup_steps: int = 50
+    decay_share: float = 0.32
+    final_lr: float = 0.03
+    text_weight: float = 0.5
+    loss_share: float = 0.4
+    index_weight: float = 1.0
+    index_rows: int = 96
+    seed: int = 0
+    checkpoint_minutes: float = 3.0
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def tiny_model(vocab_size: int, num_layers: int = 6) -> ModelConfig:
+    """The shape of m3-tiny: every layer sparse and a mixture of experts, as in M3.1-Flash."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        rotary_dim=32,
+        layer_types=("sparse",) * num_layers,
+        mlp_types=("moe",) * num_layers,
+        dense_size=192,
+        expert_size=96,
+        shared_size=96,
+        num_experts=8,
+        num_active=2,
+        index_dim=64,
+        bos_id=vocab_size - 61 + 34,
+        eos_id=vocab_size - 61 + 20,
+    )
+
+
+_PASSAGES = Mixture(length=512, tokens=4096, max_questions=6, echo_share=0.05)
+_PAGES = Mixture(length=2048, tokens=4096, max_questions=12)
+_CROWDS = Mixture(length=2048, tokens=4096, max_questions=16, crowd_share=0.6)
+_SELECTED = Mixture(length=4096, tokens=8192, max_questions=24, crowd_share=0.6)
+
+RECIPES = {
+    "m3-tiny": Recipe(
+        name="m3-tiny",
+        vocab_size=4096,
+        model=tiny_model(4096),
+        stages=(
+            Stage("passages", 400, _PASSAGES, selected=False),
+            Stage("pages", 256, _PAGES, selected=False),
+            Stage("crowds", 250, _CROWDS, selected=False),
+            Stage("selected", 60, _SELECTED, selected=True),
+        ),
+    ),
+}
+"""Recipes by name. m3-tiny: dense warm-up on short sequences, then 4,096 tokens of which 2,048 are selected."""

@@ -1,0 +1,125 @@
+"""Questions about documents: the engine of `openm3 ask`, without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from openm3.ask.conversation import Conversation, OnProgress, OnText, Reply
+from openm3.ask.documents import Document
+from openm3.ask.evidence import Evidence, Witness, rank
+from openm3.ask.places import Places, locate
+from openm3.errors import PromptError
+from openm3.model.model import Model
+from openm3.tokens.prompt import user_message
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, where it came from and what it cost.
+
+    `no_evidence` says why `evidence` is empty, None if it is not. `tokens` counts the `prompt`, its part in the
+    `documents`, those `read` now (the rest was read for an earlier question) and those of the `answer`, thinking
+    included. `timings` are `read_seconds`, `answer_seconds`, and `read_tokens_per_second`, `answer_tokens_per_second`
+    (None where nothing was timed). `attended_share` is the part of the visible context that attention read.
+    """
+
+    answer: str
+    thinking: str
+    stop: str
+    evidence: tuple[Evidence, ...]
+    no_evidence: str | None
+    tokens: dict[str, int]
+    timings: dict[str, float | None]
+    attended_share: float | None
+
+
+class Reader:
+    """Reads documents once and answers any number of questions about them."""
+
+    def __init__(self, model: Model, documents: Sequence[Document]) -> None:
+        self.documents = tuple(documents)
+        self._conversation = Conversation(model)
+
+    def answer(
+        self,
+        question: str,
+        *,
+        thinking: str = "disabled",
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        on_progress: OnProgress | None = None,
+        on_text: OnText | None = None,
+    ) -> Answer:
+        """Answer one question, greedily, in at most `max_new_tokens`.
+
+        `on_progress` gets the tokens read so far and in all, `on_text` the parts of the answer as they come. Raises
+        PromptError, before anything is read, for an empty question, and for a prompt longer than the model or the
+        memory takes. Ctrl-C while reading raises KeyboardInterrupt; while answering it ends the answer.
+        """
+        if not question.strip():
+            raise PromptError("the question is empty")
+        content = user_message([(d.name, d.text) for d in self.documents], question)
+        messages = [{"role": "user", "content": content}]
+        ids = self._conversation.encode(messages, thinking=thinking, max_new_tokens=max_new_tokens)
+        places = locate(self._conversation.model.tokenizer, ids, self.documents)
+        witness = Witness(len(ids) + max_new_tokens)
+        reply = self._conversation.reply(
+            ids,
+            thinking=thinking,
+            max_new_tokens=max_new_tokens,
+            witness=witness,
+            on_progress=on_progress,
+            on_text=on_text,
+        )
+        return self._answer(reply, places, witness)
+
+    def _answer(self, reply: Reply, places: Places | None, witness: Witness) -> Answer:
+        evidence = rank(witness.mass_S.numpy(), places, self.documents) if places else ()
+        reason = None
+        if places is None:
+            reason = "the model's chat template or tokenizer changes the documents, so their lines cannot be told"
+        elif not evidence:
+            reason = "the answer attended to nothing in the documents"
+        return Answer(
+            answer=reply.text,
+            thinking=reply.thinking,
+            stop=reply.stop,
+            evidence=evidence,
+            no_evidence=reason,
+            tokens={
+                "prompt": reply.num_prompt,
+                "documents": places.num_tokens if places else 0,
+                "read": reply.num_read,
+                "answer": reply.num_written,
+            },
+            timings={
+                "read_seconds": reply.read_seconds,
+                "answer_seconds": reply.write_seconds,
+                "read_tokens_per_second": _rate(reply.num_read, reply.read_seconds),
+                # The first token came with the prompt.
+                "answer_tokens_per_second": _rate(reply.num_written - 1, reply.write_seconds),
+            },
+            attended_share=witness.attended_share,
+        )
+
+
+def ask(
+    model: Model,
+    documents: Sequence[Document],
+    question: str,
+    *,
+    thinking: str = "disabled",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    on_progress: OnProgress | None = None,
+    on_text: OnText | None = None,
+) -> Answer:
+    """Answer one question about documents; see `Reader.answer`."""
+    return Reader(model, documents).answer(
+        question, thinking=thinking, max_new_tokens=max_new_tokens, on_progress=on_progress, on_text=on_text
+    )
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None

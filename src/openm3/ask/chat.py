@@ -1,0 +1,110 @@
+"""`openm3 chat`: talk to a model in the terminal, about documents if you like."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import suppress
+
+import torch
+
+from openm3.ask.conversation import Conversation
+from openm3.ask.documents import Document, collect
+from openm3.ask.terminal import Bar, Voice, show_notes, write
+from openm3.errors import OpenM3Error
+from openm3.model.model import Model, load
+from openm3.tokens.prompt import user_message
+
+HELP = """\
+/file PATH   read a file, folder or glob; it goes with your next message
+/reset       forget the conversation and its files
+/help        show this
+/quit        leave; so does Ctrl-D
+Ctrl-C stops the answer."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until the input ends. Raises OpenM3Error if there is no model or no such file to begin with."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    talk = Talk(load(args.model), args.thinking, args.max_new_tokens)
+    for path in args.file or ():
+        talk.add_file(path)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ModuleNotFoundError):
+            import readline  # noqa: F401  # its import gives input() history and editing
+        write(f"{args.model}: /help for help, Ctrl-D to leave\n")
+    while True:
+        try:
+            line = input("> " if is_terminal else "")
+        except EOFError:
+            write("\n" if is_terminal else "")
+            return 0
+        except KeyboardInterrupt:
+            write("\n")
+            continue
+        try:
+            if not talk.take(line.strip()):
+                return 0
+        except OpenM3Error as error:
+            write(f"error: {error}\n", sys.stderr)
+        except KeyboardInterrupt:
+            write("interrupted: the message is not part of the conversation\n", sys.stderr)
+
+
+class Talk:
+    """A conversation, and what its user may type."""
+
+    def __init__(self, model: Model, thinking: str, max_new_tokens: int) -> None:
+        self.messages: list[dict[str, str]] = []
+        self._thinking = thinking
+        self._max_new_tokens = max_new_tokens
+        self._conversation = Conversation(model)
+        self._documents: list[Document] = []
+
+    def take(self, line: str) -> bool:
+        """Do what one line says; False to leave. Raises OpenM3Error and leaves the conversation as it was."""
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return False
+        if word == "/help":
+            write(HELP + "\n")
+        elif word == "/reset":
+            self.messages, self._documents = [], []
+        elif word == "/file" and rest.strip():
+            self.add_file(rest.strip())
+        elif word.startswith("/"):
+            write(f"{word} is no command, or lacks its PATH: see /help\n", sys.stderr)
+        elif line:
+            self.say(line)
+        return True
+
+    def add_file(self, path: str) -> None:
+        """Put documents before the next message. Raises DocumentError."""
+        found = collect([path])
+        show_notes(found)
+        self._documents += found.documents
+        write(f"{len(found.documents)} file(s), {sum(len(d.text) for d in found.documents):,} characters\n", sys.stderr)
+
+    def say(self, text: str) -> None:
+        """Send a message and write the reply. Raises PromptError if the conversation has grown too long.
+
+        Interrupted while reading, or with nothing written, the message is taken back; a reply cut short is kept.
+        """
+        content = user_message([(d.name, d.text) for d in self._documents], text)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        ids = self._conversation.encode(messages, thinking=self._thinking, max_new_tokens=self._max_new_tokens)
+        with Bar() as bar:
+            reply = self._conversation.reply(
+                ids,
+                thinking=self._thinking,
+                max_new_tokens=self._max_new_tokens,
+                on_progress=bar.update,
+                on_text=Voice().say,
+            )
+        write("\n" if reply.stop == "end" else f" [{reply.stop}]\n")
+        if reply.stop == "interrupted" and not reply.text:
+            return
+        self.messages = [*messages, {"role": "assistant", "content": reply.text}]
+        self._documents = []

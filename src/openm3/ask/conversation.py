@@ -1,0 +1,184 @@
+"""One growing context on one model: reads only what it has not read yet, then writes a reply.
+
+What a new prompt has in common with the tokens already read is kept, so asking again about the same documents, or going
+on with a talk, costs only the new part. Knows no documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from time import perf_counter
+from typing import Literal
+
+from torch import Tensor
+
+from openm3.ask.evidence import Witness
+from openm3.ask.memory import check_memory
+from openm3.model.model import Model
+from openm3.model.session import Session
+from openm3.tokens.router import Content, Event, StreamRouter, Thinking
+
+SPARE_TOKENS = 1024
+"""Room beyond what is needed now, so that the cache does not move with every question."""
+
+OnProgress = Callable[[int, int], None]
+OnText = Callable[[Thinking | Content], None]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote and what that took.
+
+    `stop` says why it ended: the model's own "end", the "length" limit, or "interrupted" by Ctrl-C. `num_read` tokens
+    of the prompt were new; `num_written` counts the end token too. Times in seconds.
+    """
+
+    text: str
+    thinking: str
+    stop: Literal["end", "length", "interrupted"]
+    num_prompt: int
+    num_read: int
+    num_written: int
+    read_seconds: float
+    write_seconds: float
+
+
+class Conversation:
+    """The cache of one context, and the ids in it."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._session: Session | None = None
+        self._ids: list[int] = []
+        ends = {model.tokenizer.eos_id, model.config.eos_id}
+        self._end_ids = frozenset(i for i in ends if i is not None)
+        self._think_end = model.tokenizer.token_id("</mm:think>")
+
+    def encode(self, messages: Sequence[Mapping[str, str]], *, thinking: str, max_new_tokens: int) -> list[int]:
+        """The ids of a prompt. Raises PromptError if it and the reply exceed the model's limit or the memory."""
+        ids = self.model.check_ids(self.model.tokenizer.chat(messages, thinking=thinking), max_new_tokens)
+        needed = len(ids) + max_new_tokens
+        if self._session is None or needed > self._session.capacity:
+            check_memory(self.model.config, needed, self.model.network.embed.weight.element_size())
+        return ids
+
+    def reply(
+        self,
+        ids: Sequence[int],
+        *,
+        thinking: str,
+        max_new_tokens: int,
+        witness: Witness | None = None,
+        on_progress: OnProgress | None = None,
+        on_text: OnText | None = None,
+    ) -> Reply:
+        """Read the prompt (made with the mode `thinking`) and write greedily up to an end token.
+
+        `on_progress` gets the new tokens read so far and in all, `on_text` each part of the reply. The witness sees the
+        steps that write the answer, not those of thinking. Ctrl-C while reading raises KeyboardInterrupt and keeps what
+        was read; while writing it ends the reply.
+        """
+        begin = perf_counter()
+        num_read, logit_V = self._read(list(ids), max_new_tokens, thinking, witness, on_progress)
+        read = perf_counter()
+        writer = _Writer(self.model, thinking, on_text)
+        stop = self._write(logit_V, max_new_tokens, writer, witness)
+        return Reply(
+            text=writer.text,
+            thinking=writer.thinking,
+            stop=stop,
+            num_prompt=len(ids),
+            num_read=num_read,
+            num_written=len(self._ids) - len(ids),
+            read_seconds=read - begin,
+            write_seconds=perf_counter() - read,
+        )
+
+    def _read(
+        self, ids: list[int], room: int, thinking: str, witness: Witness | None, on_progress: OnProgress | None
+    ) -> tuple[int, Tensor]:
+        """Read what is new of a prompt; its last token alone, as the first step of the answer."""
+        session = self._with_room(len(ids) + room)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False)))
+        known = min(same, session.length, len(ids) - 1)
+        session.rewind(known)
+        self._ids = ids.copy()
+        num_new = len(ids) - known
+
+        def report(done: int) -> None:
+            if on_progress is not None:
+                on_progress(done, num_new)
+
+        report(0)
+        if num_new > 1:
+            session.read(ids[known:-1], on_progress=report)
+        if witness is not None:
+            witness.watching = thinking == "disabled"
+        logit_V = session.read(ids[-1:], observer=witness)
+        report(num_new)
+        return num_new, logit_V
+
+    def _write(
+        self, logit_V: Tensor, limit: int, writer: _Writer, witness: Witness | None
+    ) -> Literal["end", "length", "interrupted"]:
+        assert self._session is not None
+        stop: Literal["end", "length", "interrupted"] = "length"
+        try:
+            for token in self._session.decode(logit_V, limit, witness):
+                self._ids.append(token)
+                if token in self._end_ids:
+                    stop = "end"
+                    break
+                writer.push(token)
+                if witness is not None and (token == self._think_end or writer.text):
+                    witness.watching = True
+        except KeyboardInterrupt:
+            stop = "interrupted"
+        writer.finish()
+        return stop
+
+    def _with_room(self, needed: int) -> Session:
+        """The session, moved to a larger one if it is too small."""
+        old = self._session
+        if old is not None and needed <= old.capacity:
+            return old
+        limit = self.model.config.max_positions
+        new = self.model.session(min(limit, needed + SPARE_TOKENS))
+        if old is not None:
+            for source, target in zip(old.pools, new.pools, strict=True):
+                for pages, more in zip(source, target, strict=True):
+                    if pages is not None and more is not None:
+                        more[: pages.shape[0]] = pages
+            new.length = old.length
+        self._session = new
+        return new
+
+
+class _Writer:
+    """Gathers a reply's ids as text, thinking apart."""
+
+    def __init__(self, model: Model, thinking: str, on_text: OnText | None) -> None:
+        self.text = ""
+        self.thinking = ""
+        self._decoder = model.tokenizer.decoder()
+        self._router = StreamRouter(thinking=thinking)
+        self._on_text = on_text
+
+    def push(self, token: int) -> None:
+        self._take(self._router.push(self._decoder.push(token)))
+
+    def finish(self) -> None:
+        self._take(self._router.push(self._decoder.finish()) + self._router.finish())
+
+    def _take(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, Content):
+                self.text += event.text
+            elif isinstance(event, Thinking):
+                self.thinking += event.text
+            else:
+                continue
+            if self._on_text is not None:
+                self._on_text(event)

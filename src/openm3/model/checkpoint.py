@@ -25,6 +25,9 @@ from openm3.config import ModelConfig
 from openm3.errors import CheckpointError
 from openm3.model.layout import Param, Part, layout
 
+BUNDLED = {"m3-tiny": Path(__file__).parent.parent / "assets" / "m3-tiny"}
+"""Checkpoints inside the package, by name."""
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

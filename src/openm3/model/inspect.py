@@ -14,7 +14,7 @@ from typing import Any
 
 from openm3.config import BLOCK, ModelConfig
 from openm3.model import cost
-from openm3.model.checkpoint import Stored, check, has_weights, ranges
+from openm3.model.checkpoint import BUNDLED, Stored, check, has_weights, ranges
 from openm3.model.layout import layout
 
 CONTEXTS = (8_192, 131_072, 1_048_576)
@@ -24,12 +24,12 @@ _DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 def report(path: str | Path) -> dict[str, Any]:
-    """Describe the checkpoint folder or the `config.json` at `path` as values that JSON can hold.
+    """Describe the checkpoint folder, bundled model or `config.json` at `path` as values that JSON can hold.
 
     With weights in the folder, checks that every tensor is there in its shape, and counts memory in the stored dtypes;
     else memory is counted in bfloat16 (router float32) and `weights` is None. Raises ConfigError and CheckpointError.
     """
-    path = Path(path)
+    path = BUNDLED.get(str(path), Path(path))
     config = ModelConfig.from_file(path)
     stored = check(path, config) if path.is_dir() and has_weights(path) else None
     kv, index = cost.kv_bytes_per_token(config), cost.index_bytes_per_token(config)

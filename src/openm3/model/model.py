@@ -20,9 +20,6 @@ from openm3.model.network import Network
 from openm3.model.session import Session
 from openm3.tokens.tokenizer import Tokenizer
 
-BUNDLED = {"m3-tiny": Path(__file__).parent.parent / "assets" / "m3-tiny"}
-"""Checkpoints inside the package, by name."""
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -109,9 +106,9 @@ def load(path: str | Path = "m3-tiny", *, device: str = "cpu", dtype: torch.dtyp
     """
     if device != "cpu":
         raise CheckpointError(f"device must be 'cpu' in this version, not {device!r}")
-    folder = BUNDLED.get(str(path), Path(path))
+    folder = checkpoint.BUNDLED.get(str(path), Path(path))
     if not folder.is_dir():
-        names = ", ".join(sorted(BUNDLED))
+        names = ", ".join(sorted(checkpoint.BUNDLED))
         raise CheckpointError(f"no checkpoint folder at {path}; give a folder or one of: {names}")
     config = ModelConfig.from_file(folder)
     checkpoint.check(folder, config)

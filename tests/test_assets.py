@@ -1,6 +1,5 @@
 """The bundled model: small enough, whole, of M3.1-Flash's form, and it finds things."""
 
-
 import pytest
 
 import openm3

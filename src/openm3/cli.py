@@ -148,7 +148,6 @@ def _add_train(commands: Commands) -> None:
     )
     parser.add_argument("--recipe", metavar="NAME", default="m3-tiny", help="what to train (default: m3-tiny)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest state in the output folder")
-    parser.add_argument("--minutes", metavar="N", type=float, help="override the recipe's time budget")
     parser.add_argument("--steps", metavar="N", type=_positive, help="override the recipe's number of steps")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of weights and data (default: 0)")
     _add_threads(parser)

@@ -252,6 +252,8 @@ def write(
                 for param, part in shard
             }
             save_file(tensors, _temporary(folder, name), metadata={"format": "pt"})
+            # The library makes files that only their owner can read.
+            _temporary(folder, name).chmod(0o644)
         if len(shards) > 1:
             new.append(_INDEX)
             _write_json(_temporary(folder, _INDEX), _index(shards, names, stored))

@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 
 from openm3.errors import CheckpointError, ConfigError
 from openm3.model import checkpoint
+from openm3.ops.dispatch import missing_compiler
 from openm3.tokens.tokenizer import Tokenizer, train_bpe
 from openm3.train.corpus import standard_library, words
 from openm3.train.data import SequenceMaker
@@ -87,7 +88,10 @@ def _work(rank: int, workers: int, meeting: Path, recipe: Recipe, out: Path) -> 
     tokenizer = Tokenizer.from_folder(out / "tokenizer")
     recipe = replace(recipe, stages=tuple(_share(stage, workers) for stage in recipe.stages))
     maker = SequenceMaker(tokenizer, sources, words(sources), seed=1000 * recipe.seed + rank)
-    trainer = Trainer(recipe, maker, worker=rank, low_precision=has_bfloat16_units(), compiled=True)
+    lacking = missing_compiler()
+    if lacking and rank == 0:
+        print(f"{lacking}: training without fused operators, about half as fast")
+    trainer = Trainer(recipe, maker, worker=rank, low_precision=has_bfloat16_units(), compiled=lacking is None)
     state = out / "state.pt"
     if state.exists():
         trainer.resume(state)

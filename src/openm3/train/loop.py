@@ -103,20 +103,22 @@ class Trainer:
 
     def stage(self) -> Stage:
         """The stage that the next step belongs to."""
-        left = self.step
-        for stage in self.recipe.stages:
-            if left < stage.steps:
-                return stage
-            left -= stage.steps
-        return self.recipe.stages[-1]
+        return self._place()[0]
 
     def learning_rate(self) -> float:
-        """Share of the full rate at this step: linear warm-up, constant, then linear decay."""
-        r = self.recipe
-        if self.step < r.warmup_steps:
-            return (self.step + 1) / r.warmup_steps
-        left = (r.steps - self.step) / (r.decay_share * r.steps)
-        return min(1.0, r.final_lr + (1 - r.final_lr) * left)
+        """Share of the full rate at this step: the stage's, and a linear warm-up at the very start."""
+        stage, done = self._place()
+        first, last = stage.rate
+        return min(1.0, (self.step + 1) / self.recipe.warmup_steps) * (first + (last - first) * done / stage.steps)
+
+    def _place(self) -> tuple[Stage, int]:
+        """The stage of the next step, and how many of its steps are done."""
+        done = self.step
+        for stage in self.recipe.stages:
+            if done < stage.steps:
+                return stage, done
+            done -= stage.steps
+        return self.recipe.stages[-1], self.recipe.stages[-1].steps
 
     def save(self, path: Path) -> None:
         """Write everything needed to go on, atomically."""

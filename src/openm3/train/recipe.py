@@ -12,14 +12,16 @@ from openm3.train.data import Mixture
 class Stage:
     """A part of training: its data, its length in steps, and whether the index branch already selects.
 
-    In the warm-up (`selected=False`) the index loss compares over every visible token; afterwards over the selected
-    blocks. Sequences of up to 2,048 tokens attend to everything either way: 16 blocks are all there is.
+    `rate` is the share of the learning rates at its first step and after its last, linear between. In the warm-up
+    (`selected=False`) the index loss compares over every visible token; afterwards over the selected blocks. Sequences
+    of up to 2,048 tokens attend to everything either way: 16 blocks are all there is.
     """
 
     name: str
     steps: int
     mixture: Mixture
     selected: bool
+    rate: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,6 @@ class Recipe:
     matrix_lr: float = 0.01
     vector_lr: float = 4e-3
     warmup_steps: int = 50
-    decay_share: float = 0.32
-    final_lr: float = 0.03
     text_weight: float = 0.5
     loss_share: float = 0.4
     index_weight: float = 1.0
@@ -82,8 +82,10 @@ RECIPES = {
         stages=(
             Stage("passages", 400, _PASSAGES, selected=False),
             Stage("pages", 256, _PAGES, selected=False),
-            Stage("crowds", 250, _CROWDS, selected=False),
-            Stage("selected", 60, _SELECTED, selected=True),
+            Stage("crowds", 250, _CROWDS, selected=False, rate=(1.0, 0.22)),
+            Stage("selected", 60, _SELECTED, selected=True, rate=(0.22, 0.03)),
+            Stage("crowds again", 250, _CROWDS, selected=False, rate=(0.5, 0.15)),
+            Stage("selected again", 45, _SELECTED, selected=True, rate=(0.15, 0.03)),
         ),
     ),
 }

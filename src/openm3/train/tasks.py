@@ -100,6 +100,8 @@ def definitions(documents: Sequence[Source], max_chars: int = 100) -> dict[str, 
 def insert_lines(document: Source, lines: Sequence[str], depths: Sequence[float]) -> Source:
     """The document with each line put in at its depth (0 the start, 1 the end), between whole lines."""
     kept = document.text.splitlines(keepends=True)
+    if kept and not kept[-1].endswith("\n"):
+        kept[-1] += "\n"
     at = sorted(zip((round(d * len(kept)) for d in depths), lines, strict=True), reverse=True)
     for index, line in at:
         kept.insert(index, line + "\n")

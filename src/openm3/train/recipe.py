@@ -85,7 +85,7 @@ RECIPES = {
             Stage("crowds", 250, _CROWDS, selected=False, rate=(1.0, 0.22)),
             Stage("selected", 60, _SELECTED, selected=True, rate=(0.22, 0.03)),
             Stage("crowds again", 250, _CROWDS, selected=False, rate=(0.5, 0.15)),
-            Stage("selected again", 45, _SELECTED, selected=True, rate=(0.15, 0.03)),
+            Stage("selected again", 9, _SELECTED, selected=True, rate=(0.15, 0.126)),
         ),
     ),
 }

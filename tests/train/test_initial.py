@@ -19,7 +19,7 @@ def network() -> Network:
     return network
 
 
-def attention(network: Network, ids_T: Tensor) -> dict[int, Tensor]:
+def attention(network: Network, ids_T: Tensor, position_T: Tensor | None = None) -> dict[int, Tensor]:
     """Each layer's attention weights [N, T, T], in one pass over one sequence."""
     seen: dict[int, Tensor] = {}
 
@@ -31,7 +31,7 @@ def attention(network: Network, ids_T: Tensor) -> dict[int, Tensor]:
         seen[layer] = score_NTT.masked_fill(future_TT, -torch.inf).softmax(-1)
 
     with torch.no_grad():
-        network.hidden(Batch.whole([ids_T]), observer=observer)
+        network.hidden(Batch.whole([ids_T], None if position_T is None else [position_T]), observer=observer)
     return seen
 
 
@@ -40,6 +40,16 @@ def test_first_layer_looks_back(network: Network) -> None:
     for head in range(network.config.num_heads):
         share_T = weight_NTT[head].diagonal(-(head + 1))
         assert share_T.mean() > 0.8, head
+
+
+def test_first_layer_looks_back_a_long_way_from_the_start(network: Network) -> None:
+    """Far back the fastest rotary channels come round again: the slower ones must keep the heads at their place."""
+    position_T = torch.cat([torch.arange(200) + start for start in (0, 900, 5_000, 31_000, 130_000, 999_000)])
+    ids_T = torch.randint(0, 512, position_T.shape, generator=torch.Generator().manual_seed(0))
+    weight_NTT = attention(network, ids_T, position_T)[0]
+    for head in range(network.config.num_heads):
+        share_T = weight_NTT[head].diagonal(-(head + 1))[-190:]
+        assert share_T.mean() > 0.9, head
 
 
 def test_matching_layers_look_after_the_same_text(network: Network) -> None:

@@ -15,6 +15,7 @@ from openm3.train.tasks import (
     insert_lines,
     key_line,
     key_question,
+    lookalike,
     quote_question,
     random_key,
     random_name,
@@ -43,6 +44,28 @@ def peel_{i}(x): return x"""
 
 
 SOURCES = [fake(i) for i in range(12)]
+
+
+def defined(name: str, text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if re.match(rf"(async +def|def|class) +{re.escape(name)}\b", line)]
+
+
+def assert_true(question: Question, text: str) -> None:
+    """The documents bear the answer out."""
+    told = text.count(f"The pass key for {question.subject} is ")
+    if question.kind == "pass_key":
+        assert told == 1
+        assert any(line.endswith(question.answer) for line in text.splitlines())
+    elif question.kind == "quote":
+        (line,) = defined(question.subject, text)
+        assert question.answer == f"The line that defines {question.subject} is {line}"
+    elif "pass key" in question.answer:
+        assert told == 0
+        assert question.answer == f"The pass key for {question.subject} is not there."
+    else:
+        assert defined(question.subject, text) == []
+        assert question.answer == f"The line that defines {question.subject} is not there."
 
 
 def test_key_question_texts() -> None:
@@ -101,31 +124,48 @@ def test_similar_name_always_differs() -> None:
             assert similar_name(name, few, rng) != name
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("ReadTimeout", r"[A-Z][a-z]+Timeout|Read[A-Z][a-z]+"),
+        ("open_file", r"[a-z]+_file|open_[a-z]+"),
+        ("SSLTest", r"[A-Z]+Test|SSL[A-Z][a-z]+"),
+        ("_refs", r"_[a-z]+"),
+        ("red fox", r"[a-z]+ fox|red [a-z]+"),
+    ],
+)
+def test_a_lookalike_differs_in_one_part_and_keeps_its_case(name: str, pattern: str) -> None:
+    rng = random.Random(3)
+    found = {lookalike(name, WORDS, rng) for _ in range(40)}
+    assert len(found) > 5 and name not in found
+    assert all(re.fullmatch(pattern, other) for other in found), found
+
+
+def test_near_misses_are_close_to_what_is_there_and_not_there() -> None:
+    called, keyed = set(), 0
+    for seed in range(40):
+        maker = TaskMaker(SOURCES, WORDS, random.Random(seed))
+        documents, questions = maker.make(SOURCES[:3], 10, lookalikes=1.0)
+        text = "\n".join(d.text for d in documents)
+        names = re.findall(r"The pass key for (.*) is ", text)
+        for question in (q for q in questions if q.kind == "absence"):
+            assert_true(question, text)
+            if f" {question.subject}(" in text:
+                called.add(question.subject)
+            elif "pass key" in question.text and names:
+                parts = set(re.split(r"[-_ ]|(?<=[a-z])(?=[A-Z])", question.subject))
+                # A name of one part has all of it exchanged.
+                keyed += len(parts) == 1 or any(parts & set(re.split(r"[-_ ]|(?<=[a-z])(?=[A-Z])", n)) for n in names)
+    assert len(called) > 4 and called <= {
+        "prepare",
+        *(f"{verb}_{i}" for verb in ("unknown", "download") for i in range(3)),
+    }
+    assert keyed > 30
+
+
 def test_random_key_has_digits_only() -> None:
     assert re.fullmatch(r"\d{6}", random_key(random.Random(0), 6))
     assert random_key(random.Random(0)) == random_key(random.Random(0))
-
-
-def defined(name: str, text: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if re.match(rf"(async +def|def|class) +{re.escape(name)}\b", line)]
-
-
-def assert_true(question: Question, text: str) -> None:
-    """The documents bear the answer out."""
-    told = text.count(f"The pass key for {question.subject} is ")
-    if question.kind == "pass_key":
-        assert told == 1
-        assert any(line.endswith(question.answer) for line in text.splitlines())
-    elif question.kind == "quote":
-        (line,) = defined(question.subject, text)
-        assert question.answer == f"The line that defines {question.subject} is {line}"
-    elif "pass key" in question.answer:
-        assert told == 0
-        assert question.answer == f"The pass key for {question.subject} is not there."
-    else:
-        assert defined(question.subject, text) == []
-        assert question.answer == f"The line that defines {question.subject} is not there."
 
 
 def test_every_answer_is_true() -> None:

@@ -34,6 +34,7 @@ class Mixture:
     `question_share` of a sequence at most, and `max_questions` turns, are questions and answers. Of the sequences,
     `gap_share` have jumps between rotary positions, up to `max_position`; `echo_share` are made of random records told
     again and again, `crowd_share` are crowded with definitions and pass keys, as a selection from a long text is.
+    Of the names asked for that are not there, at least `lookalike_share` are close to names that are.
     """
 
     length: int
@@ -43,6 +44,7 @@ class Mixture:
     gap_share: float = 0.6
     echo_share: float = 0.0
     crowd_share: float = 0.3
+    lookalike_share: float = 0.0
     max_position: int = 1_048_576
 
 
@@ -75,7 +77,9 @@ class SequenceMaker:
         crowded = rng.random() < mixture.crowd_share
         num_chars = max(120, int(room * self.chars_per_token * rng.uniform(0.5, 0.9)))
         documents = gather(self.outlines if crowded else self.sources, num_chars, rng)
-        documents, questions = self.tasks.make(documents, num_questions, room // 100 if crowded else 2)
+        documents, questions = self.tasks.make(
+            documents, num_questions, room // 100 if crowded else 2, mixture.lookalike_share
+        )
         ids = self.encode(documents, questions)
         while len(ids) > mixture.length and len(questions) > 1:
             questions = questions[:-1]

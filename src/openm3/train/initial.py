@@ -5,8 +5,9 @@ together, heads that bring the previous few tokens along, and heads that match t
 those tokens, so it starts from both, in the spirit of mimetic initialisation (Trockman and Kolter, 2023):
 
 - Embeddings fill the first third of the residual stream and share one constant channel.
-- In layer 0 each head reads the constant through its fastest rotary channels, turned so that the scores peak one
-  token back for head 0, two for head 1 and so on, and writes what it finds to a part of the stream of its own.
+- In layer 0 each head reads the constant through its rotary channels, turned so that the scores peak one token back for
+  head 0, two for head 1 and so on, and writes what it finds to a part of the stream of its own. The fastest channels
+  tell neighbours apart; without the slower ones the same peak would come again and again far back.
 - In the matching layers the content channels of a query read "this token, the one before, the one before that", those
   of a key read "the token before, ...": their product is large where the same text stood before.
 - The index branch of every layer starts as a copy of the attention it is to predict.
@@ -24,8 +25,9 @@ from openm3.model.moe import Moe
 from openm3.model.network import Network
 
 MATCHING_LAYERS = (2, 3)
-NUM_FAST = 4
-"""Rotary channel pairs that tell neighbouring positions apart; slower ones hardly change between them."""
+LOOK_BACK = (1.4, 1.4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+"""Amplitudes of the rotary channel pairs, fastest first, that look back: with norm weights of 3 (1 + 2), 99% of the
+attention is on the one token among a million. Four pairs alone leave 7% there among 32,768, 2% among 131,072."""
 
 
 @torch.no_grad()
@@ -79,12 +81,14 @@ class _Wiring:
         """Head h attends to the token h + 1 back and writes its content to part h."""
         c = self.config
         half = c.rotary_dim // 2
-        angle = theta ** -(torch.arange(NUM_FAST, dtype=torch.float32) / half)
+        amplitude = torch.tensor(LOOK_BACK[:half])
+        used = len(amplitude)
+        angle = theta ** -(torch.arange(used, dtype=torch.float32) / half)
         for weight in (attention.q.weight, attention.k.weight):
             weight.mul_(0.1)
         q = attention.q.weight.view(c.num_heads, c.head_dim, -1)
         k = attention.k.weight.view(c.num_groups, c.head_dim, -1)
-        k[:, :NUM_FAST, self.constant] = 1.0
+        k[:, :used, self.constant] = amplitude
         v = attention.v.weight.view(c.num_groups, c.head_dim, -1)
         v.mul_(0.1)
         v[:, : self.part, : self.content] = self.project
@@ -92,11 +96,11 @@ class _Wiring:
         o.mul_(0.1)
         for head in range(c.num_heads):
             turn = -angle * (head + 1)
-            q[head, :NUM_FAST, self.constant] = turn.cos()
-            q[head, half : half + NUM_FAST, self.constant] = turn.sin()
+            q[head, :used, self.constant] = amplitude * turn.cos()
+            q[head, half : half + used, self.constant] = amplitude * turn.sin()
             o[self.part_of(head), head, : self.part] += 0.3 * torch.eye(self.part)
-        attention.q_norm.weight.fill_(1.0)
-        attention.k_norm.weight.fill_(1.0)
+        attention.q_norm.weight.fill_(2.0)
+        attention.k_norm.weight.fill_(2.0)
 
     def match(self, attention: Attention) -> None:
         """Content channels of queries read tokens t, t-1, t-2; those of keys s-1, s-2, s-3."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from openm3.config import ModelConfig
 from openm3.train.data import Mixture
@@ -73,6 +73,8 @@ _PASSAGES = Mixture(length=512, tokens=4096, max_questions=6, echo_share=0.05)
 _PAGES = Mixture(length=2048, tokens=4096, max_questions=12)
 _CROWDS = Mixture(length=2048, tokens=4096, max_questions=16, crowd_share=0.6)
 _SELECTED = Mixture(length=4096, tokens=8192, max_questions=24, crowd_share=0.6)
+_LOOKALIKES = replace(_CROWDS, crowd_share=0.7, lookalike_share=0.7)
+_SELECTED_LOOKALIKES = replace(_SELECTED, crowd_share=0.7, lookalike_share=0.7)
 
 RECIPES = {
     "m3-tiny": Recipe(
@@ -81,11 +83,11 @@ RECIPES = {
         model=tiny_model(4096),
         stages=(
             Stage("passages", 400, _PASSAGES, selected=False),
-            Stage("pages", 256, _PAGES, selected=False),
-            Stage("crowds", 250, _CROWDS, selected=False, rate=(1.0, 0.22)),
-            Stage("selected", 60, _SELECTED, selected=True, rate=(0.22, 0.03)),
-            Stage("crowds again", 250, _CROWDS, selected=False, rate=(0.5, 0.15)),
-            Stage("selected again", 9, _SELECTED, selected=True, rate=(0.15, 0.126)),
+            Stage("pages", 250, _PAGES, selected=False),
+            Stage("crowds", 700, _CROWDS, selected=False, rate=(1.0, 0.2)),
+            Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03)),
+            Stage("lookalikes", 300, _LOOKALIKES, selected=False, rate=(0.5, 0.1)),
+            Stage("selected lookalikes", 30, _SELECTED_LOOKALIKES, selected=True, rate=(0.1, 0.02)),
         ),
     ),
 }

@@ -85,6 +85,18 @@ def similar_name(name: str, words: Sequence[str], rng: random.Random) -> str:
     return changed if changed != name else name + "2"
 
 
+def lookalike(name: str, words: Sequence[str], rng: random.Random) -> str:
+    """Another identifier with one of this one's parts exchanged: ReadTimeout, SocketTimeout; open_file, open_socket."""
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^A-Za-z0-9]+", name)
+    at = rng.choice([i for i, part in enumerate(parts) if part[0].isalnum()])
+    word = rng.choice(words).lower()
+    if parts[at].isupper():
+        word = word.upper()
+    elif parts[at][0].isupper():
+        word = word.capitalize()
+    return "".join([*parts[:at], word, *parts[at + 1 :]])
+
+
 def random_key(rng: random.Random, num_digits: int = 5) -> str:
     """A pass key of that many digits."""
     return "".join(rng.choice("0123456789") for _ in range(num_digits))
@@ -118,11 +130,12 @@ class TaskMaker:
         self._foreign_names = sorted({m for s in rng.sample(sources, min(60, len(sources))) for m in definitions([s])})
 
     def make(
-        self, documents: list[Source], num_questions: int, num_decoys: int = 2
+        self, documents: list[Source], num_questions: int, num_decoys: int = 2, lookalikes: float = 0.0
     ) -> tuple[list[Source], list[Question]]:
         """Insert pass keys into the documents and ask: about 42% pass keys, 30% quotes, 28% absence.
 
-        Up to `num_decoys` pass keys that nobody asks for go in as well.
+        Up to `num_decoys` pass keys that nobody asks for go in as well. Of the names that are not there, at least
+        `lookalikes` are one part away from a name that is, or used in the documents without being defined there.
         """
         rng = self.rng
         lines = definitions(documents)
@@ -140,6 +153,8 @@ class TaskMaker:
             elif kind == "quote" and quotable:
                 name = quotable.pop()
                 questions.append(quote_question(name, lines[name], rng.choice(QUOTE_QUESTIONS)))
+            elif rng.random() < lookalikes:
+                questions.append(self._near_miss(documents, keys, lines))
             else:
                 questions.append(self._absence(documents, keys))
         rng.shuffle(questions)
@@ -165,6 +180,23 @@ class TaskMaker:
             insert_lines(d, places[i], [rng.random() for _ in places[i]]) if i in places else d
             for i, d in enumerate(documents)
         ]
+
+    def _near_miss(self, documents: list[Source], keys: dict[str, str], lines: dict[str, str]) -> Question:
+        """A name that is not there but could be taken for one that is."""
+        rng = self.rng
+        text = "".join(d.text for d in documents)
+        for _ in range(20):
+            kind = rng.random()
+            if keys and kind < 0.35:
+                name = lookalike(rng.choice(sorted(keys)), self.words, rng)
+                if f"pass key for {name} is" not in text:
+                    return key_question(name, None, rng.choice(KEY_QUESTIONS))
+            used = re.findall(r"\b([A-Za-z_]\w{3,})\(", text) if kind < 0.7 else []
+            named = [lookalike(name, self.words, rng) for name in rng.sample(sorted(lines), min(1, len(lines)))]
+            name = rng.choice(used or named or self._foreign_names)
+            if not re.search(rf"\b(def|class)\s+{re.escape(name)}\b", text):
+                return quote_question(name, None, rng.choice(QUOTE_QUESTIONS))
+        return self._absence(documents, keys)
 
     def _absence(self, documents: list[Source], keys: dict[str, str]) -> Question:
         """A name with no pass key or no definition: fresh, like one that is there, or there but not so."""

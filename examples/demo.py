@@ -67,9 +67,13 @@ def long_document(tokenizer: Tokenizer, num_tokens: int) -> list[Document]:
 
 
 def subjects(documents: list[Document]) -> tuple[str, str, str]:
-    """A name defined about a fifth into the text, one two thirds into it, and one that is defined elsewhere only."""
+    """A name defined about a fifth into the text, one two thirds into it, and one that is defined elsewhere only.
+
+    The first two stand on short lines: of longer ones m3-tiny often finds the place and then loses the thread.
+    """
     sources = [Source(d.name, d.text) for d in documents]
-    names = [name for name in definitions(sources) if len(name) > 5 and not name.startswith("_")]
+    lines = definitions(sources, max_chars=30)
+    names = [name for name in lines if len(name) > 5 and not name.startswith("_")]
     text = "".join(d.text for d in documents)
     elsewhere = (n for s in standard_library(held_out=False, tests=False) for n in definitions([s]))
     absent = next(n for n in elsewhere if len(n) > 8 and n[0] != "_" and not re.search(rf"\b{n}\b", text))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openm3.train.data import SequenceMaker
-from openm3.train.loop import Report, Trainer
+from openm3.train.loop import Report, Trainer, final_weights
 from openm3.train.recipe import Recipe
 
 
@@ -151,3 +151,22 @@ def test_workers_average_their_gradients(tmp_path: Path) -> None:
     ]
     outputs = [worker.communicate(timeout=120)[0].splitlines()[-1] for worker in workers]
     assert outputs == ["[[5.0], [6.0], [7.0], [8.0]] None"] * 2
+
+
+def test_the_mean_of_kept_stages_is_what_is_exported(recipe: Recipe, maker: SequenceMaker, tmp_path: Path) -> None:
+    short, long, selected = recipe.stages
+    kept = replace(recipe, stages=(replace(short, kept=1), long, replace(selected, kept=3)))
+    ends = {sum(s.steps for s in kept.stages[: i + 1]) for i in (0, 2)}
+    seen: list[torch.Tensor] = []
+    t = trainer(kept, maker)
+
+    def note(report: Report) -> None:
+        if report.step in ends:
+            seen.append(t.network.embed.weight.detach().clone())
+
+    t.run(note, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(seen) == len(state["kept"]) == 2
+    torch.testing.assert_close(final_weights(state)["embed.weight"], (seen[0] + 3 * seen[1]) / 4)
+    last = final_weights(state | {"kept": []})
+    assert torch.equal(last["embed.weight"], state["network"]["embed.weight"])

@@ -26,7 +26,7 @@ from openm3.ops.dispatch import missing_compiler
 from openm3.tokens.tokenizer import Tokenizer, train_bpe
 from openm3.train.corpus import standard_library, words
 from openm3.train.data import SequenceMaker
-from openm3.train.loop import Report, Trainer
+from openm3.train.loop import Report, Trainer, final_weights
 from openm3.train.recipe import RECIPES, Recipe, Stage
 
 LOG_EVERY = 25
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def export(recipe: Recipe, state: Path, tokenizer_folder: Path, out: Path) -> None:
     """Write a saved run as a checkpoint in the published layout, bfloat16 with float32 routers."""
     saved = torch.load(state, weights_only=True)
-    checkpoint.write(out, recipe.model, saved["network"], dtype=torch.bfloat16)
+    checkpoint.write(out, recipe.model, final_weights(saved), dtype=torch.bfloat16)
     Tokenizer.from_folder(tokenizer_folder).save(out)
 
 

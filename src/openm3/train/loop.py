@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from openm3.model.attention import Heads
 from openm3.model.batch import Batch
-from openm3.model.moe import Moe, Router
+from openm3.model.moe import Router
 from openm3.model.network import Network
 from openm3.ops.dispatch import use
 from openm3.train.data import Mixture, Prefetcher, Sample, SequenceMaker
@@ -61,7 +62,7 @@ class Trainer:
         self.adam = torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-10)
         self.rows = torch.Generator().manual_seed(1000 * recipe.seed + worker)
         self.step = 0
-        self._loads: dict[Moe, Tensor] = {}
+        self.kept: list[tuple[int, dict[str, Tensor]]] = []
 
     def run(self, on_step: Callable[[Report], None], save_to: Path | None = None) -> None:
         """Train to the recipe's end, saving every few minutes; Ctrl-C saves and stops."""
@@ -97,6 +98,9 @@ class Trainer:
         self._average_gradients()
         self._update()
         self.step += 1
+        if stage.kept and (self.step == self.recipe.steps or self.stage() is not stage):
+            weights = {name: value.clone() for name, value in self.network.state_dict().items()}
+            self.kept.append((stage.kept, weights))
         tokens = int(batch.ids_T.shape[0])
         seconds = time.perf_counter() - begin
         return Report(self.step, stage.name, text.item(), answer.item(), exact, index.item(), tokens, seconds)
@@ -126,6 +130,7 @@ class Trainer:
             "recipe": self.recipe.name,
             "step": self.step,
             "network": self.network.state_dict(),
+            "kept": self.kept,
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
             "rows": self.rows.get_state(),
@@ -139,6 +144,7 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
+        self.kept = state["kept"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
         self.rows.set_state(state["rows"])
@@ -206,6 +212,16 @@ class Trainer:
         for optimiser in (self.muon, self.adam):
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+
+def final_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What a saved run is exported as: the mean of the kept weights, or the last ones if none were kept."""
+    kept: list[tuple[int, dict[str, Tensor]]] = state["kept"] or [(1, state["network"])]
+    total = sum(count for count, _ in kept)
+    return {
+        name: sum((count / total * weights[name] for count, weights in kept), start=torch.zeros(()))
+        for name in state["network"]
+    }
 
 
 def _split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,7 +14,8 @@ class Stage:
 
     `rate` is the share of the learning rates at its first step and after its last, linear between. In the warm-up
     (`selected=False`) the index loss compares over every visible token; afterwards over the selected blocks. Sequences
-    of up to 2,048 tokens attend to everything either way: 16 blocks are all there is.
+    of up to 2,048 tokens attend to everything either way: 16 blocks are all there is. What is exported is the mean of
+    the weights at the ends of stages, each counted `kept` times (the last weights if none is).
     """
 
     name: str
@@ -22,6 +23,7 @@ class Stage:
     mixture: Mixture
     selected: bool
     rate: tuple[float, float] = (1.0, 1.0)
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ RECIPES = {
             Stage("passages", 400, _PASSAGES, selected=False),
             Stage("pages", 250, _PAGES, selected=False),
             Stage("crowds", 700, _CROWDS, selected=False, rate=(1.0, 0.2)),
-            Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03)),
+            Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03), kept=1),
             Stage("lookalikes", 300, _LOOKALIKES, selected=False, rate=(0.5, 0.1)),
-            Stage("selected lookalikes", 30, _SELECTED_LOOKALIKES, selected=True, rate=(0.1, 0.02)),
+            Stage("selected lookalikes", 30, _SELECTED_LOOKALIKES, selected=True, rate=(0.1, 0.02), kept=2),
         ),
     ),
 }
-"""Recipes by name. m3-tiny: dense warm-up on short sequences, then 4,096 tokens of which 2,048 are selected."""
+"""Recipes by name. m3-tiny: dense warm-up on short sequences, then 4,096 tokens of which 2,048 are selected, twice."""

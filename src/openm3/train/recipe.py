@@ -89,7 +89,7 @@ RECIPES = {
             Stage("crowds", 700, _CROWDS, selected=False, rate=(1.0, 0.2)),
             Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03), kept=1),
             Stage("lookalikes", 300, _LOOKALIKES, selected=False, rate=(0.5, 0.1)),
-            Stage("selected lookalikes", 30, _SELECTED_LOOKALIKES, selected=True, rate=(0.1, 0.02), kept=2),
+            Stage("selected lookalikes", 30, _SELECTED_LOOKALIKES, selected=True, rate=(0.1, 0.02), kept=1),
         ),
     ),
 }

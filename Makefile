@@ -1,4 +1,5 @@
-# Every target works in a fresh clone: the first one run builds .venv, and pyproject.toml changing builds it anew.
+# Every target works in a fresh clone: the first one run builds .venv, with the native operators where there is a C++
+# compiler, and again when their sources or pyproject.toml changed.
 PYTHON ?= python3
 WORKERS ?= 2
 TORCH := torch==2.13.0
@@ -12,7 +13,9 @@ STAMP := .venv/.installed
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-$(STAMP): pyproject.toml CMakeLists.txt
+NATIVE := $(wildcard src/openm3/ops/*/*.cpp src/openm3/ops/*/*.h)
+
+$(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	@echo "installing openm3 and $(TORCH) into .venv"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q "$(TORCH)"

@@ -42,6 +42,8 @@ def test_ask_defaults() -> None:
         "question": "why?",
         "file": ["a.txt", "-"],
         "model": "m3-tiny",
+        "dtype": "float32",
+        "weights": None,
         "max_new_tokens": 128,
         "thinking": "disabled",
         "implementation": None,

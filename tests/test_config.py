@@ -189,7 +189,7 @@ S = "text_config.sparse_attention_config."
         ("text_config.rope_scaling", {"type": "yarn"}, "implements only 'default'"),
         ("text_config.rope_parameters", {"rope_type": "llama3"}, "implements only 'default'"),
         ("text_config.sliding_window", 4096, "needs it absent"),
-        ("quantization_config", {"quant_method": "fp8"}, "needs it absent"),
+        ("quantization_config", {"quant_method": "fp8"}, "implements only 'mxfp8'"),
         (S + "sparse_score_type", "lse", "implements only 'max'"),
         (S + "sparse_block_size", 64, "implements only 128"),
         (S + "sparse_init_block", 1, "implements only 0"),

@@ -109,6 +109,7 @@ def _add_ask(commands: Commands) -> None:
         help="a file, folder or glob to read; '-' is standard input; may be repeated",
     )
     _add_model(parser)
+    _add_precision(parser)
     _add_reply(parser, max_new_tokens=128)
     parser.add_argument(
         "--implementation", metavar="NAME", help="force one implementation of the operators, e.g. reference"
@@ -130,6 +131,7 @@ def _add_chat(commands: Commands) -> None:
         "--file", metavar="PATH", action="append", help="a file, folder or glob to talk about; may be repeated"
     )
     _add_model(parser)
+    _add_precision(parser)
     _add_reply(parser, max_new_tokens=512)
     _add_threads(parser)
 
@@ -157,13 +159,15 @@ def _add_eval(commands: Commands) -> None:
     parser = _command(
         commands,
         "eval",
-        "measure what a model finds at length, and what its selection covers",
+        "measure what a model finds at length, what its selection covers, and what smaller weights lose",
         "openm3 eval needles --lengths 8192 32768 --count 20 --out runs/needles",
         "openm3 eval coverage --length 8192 --json",
+        "openm3 eval quantisation",
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", title="tasks", required=True, help="what to measure")
     _add_needles(tasks)
     _add_coverage(tasks)
+    _add_quantisation(tasks)
 
 
 def _add_needles(tasks: Commands) -> None:
@@ -175,6 +179,7 @@ def _add_needles(tasks: Commands) -> None:
         "openm3 eval needles --lengths 8192 --count 20 --attention selected --out runs/short",
     )
     _add_model(parser)
+    _add_precision(parser)
     parser.add_argument(
         "--lengths",
         metavar="N",
@@ -218,11 +223,30 @@ def _add_coverage(tasks: Commands) -> None:
         "openm3 eval coverage --length 32768 --count 1 --json",
     )
     _add_model(parser)
+    _add_precision(parser)
     parser.add_argument(
         "--length", metavar="N", type=_positive, default=8192, help="tokens of each text (default: 8192)"
     )
     parser.add_argument("--count", metavar="N", type=_positive, default=4, help="texts (default: 4)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of texts and tokens (default: 0)")
+    _add_threads(parser)
+    _add_json(parser)
+
+
+def _add_quantisation(tasks: Commands) -> None:
+    parser = _command(
+        tasks,
+        "quantisation",
+        "compare the model in bfloat16, int8 and MXFP8 with itself in float32, on held-out texts",
+        "openm3 eval quantisation",
+        "openm3 eval quantisation --length 2048 --count 1 --json",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--length", metavar="N", type=_positive, default=4096, help="tokens of each text (default: 4096)"
+    )
+    parser.add_argument("--count", metavar="N", type=_positive, default=8, help="texts (default: 8)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the texts (default: 0)")
     _add_threads(parser)
     _add_json(parser)
 
@@ -246,12 +270,58 @@ def _add_bench(commands: Commands) -> None:
     parser = _command(
         commands,
         "bench",
-        "measure operators or the model against this machine's peaks",
-        "openm3 bench ops",
+        "measure operators or a model against this machine's peaks",
+        "openm3 bench ops --quick",
         "openm3 bench model --json",
     )
-    parser.add_argument("subject", choices=("ops", "model"), help="what to measure")
+    subjects = parser.add_subparsers(
+        dest="subject", metavar="SUBJECT", title="subjects", required=True, help="what to measure"
+    )
+    _add_bench_ops(subjects)
+    _add_bench_model(subjects)
+
+
+def _add_bench_ops(subjects: Commands) -> None:
+    parser = _command(
+        subjects,
+        "ops",
+        "time block selection and attention at M3's own geometry, case by case",
+        "openm3 bench ops --quick --json",
+        "openm3 bench ops --case select_1_behind_1m --against blocked",
+        "openm3 bench ops --case 'served_*'",
+        "openm3 bench ops --headline",
+    )
+    parser.add_argument(
+        "--case", metavar="NAME", nargs="+", help="cases to time, by name or pattern (default: all but served_*)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the cases and time nothing")
+    parser.add_argument("--quick", action="store_true", help="the five main cases, in less than 50 seconds")
+    parser.add_argument(
+        "--against", metavar="NAME", help="also time another implementation of the operators, e.g. blocked, in turns"
+    )
+    parser.add_argument(
+        "--headline",
+        action="store_true",
+        help="time sparse against dense attention behind a million tokens: 12 GiB of memory and some minutes",
+    )
+    _add_threads(parser)
+    _add_json(parser)
+
+
+def _add_bench_model(subjects: Commands) -> None:
+    parser = _command(
+        subjects,
+        "model",
+        "time a whole model: a chunk of 512 tokens behind a context, and decoding there",
+        "openm3 bench model",
+        "openm3 bench model --lengths 8192 131072 --dtype bfloat16",
+        "openm3 bench model --config path/to/config.json --dtype bfloat16",
+    )
     _add_model(parser)
+    _add_precision(parser)
+    parser.add_argument(
+        "--config", metavar="PATH", help="a config.json to fill with random weights, instead of a checkpoint"
+    )
     parser.add_argument(
         "--lengths",
         metavar="N",
@@ -259,6 +329,11 @@ def _add_bench(commands: Commands) -> None:
         nargs="+",
         default=[2048, 8192, 32768],
         help="tokens of context (default: 2048 8192 32768)",
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="read every context through the model; otherwise the cache is filled with random keys and values",
     )
     _add_threads(parser)
     _add_json(parser)
@@ -300,6 +375,17 @@ def _command(commands: Commands, name: str, summary: str, *examples: str) -> arg
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH", default="m3-tiny", help="checkpoint folder, or the bundled m3-tiny (default)"
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="float32", help="of weights and cache (default: float32)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int8-channel"),
+        help="keep the layers' weights in one byte each, with a scale for every 32 inputs or one an output",
     )
 
 

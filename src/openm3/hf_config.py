@@ -37,7 +37,11 @@ _TEXT_SWITCHES: _Switches = {
     "rope_parameters.type": ("default",),
     "rope_scaling.rope_type": ("default",),
     "rope_scaling.type": ("default",),
-    "quantization_config": (),
+}
+_QUANTIZATION_SWITCHES: _Switches = {
+    "quantization_config.quant_method": ("mxfp8",),
+    "quantization_config.weight_block_size": ([1, 32],),
+    "quantization_config.scale_fmt": ("ue8m0",),
 }
 _SPARSE_SWITCHES: _Switches = {
     "sparse_attention_config.sparse_score_type": ("max",),
@@ -108,6 +112,7 @@ class _Reader:
     def _refuse_broken_sections(self) -> None:
         sections = ["text_config"]
         sections += [self.text + name for name in ("sparse_attention_config", "rope_parameters", "rope_scaling")]
+        sections += sorted({"quantization_config", self.text + "quantization_config"})
         sections += ["vision_config", "vision_config.rope_parameters", "vision_config.img_token_compression_config"]
         for path in [*sections, "img_token_compression_config"]:
             value = self._at(path)
@@ -253,8 +258,8 @@ class _Reader:
 
     def _refuse_switches(self, fields: Mapping[str, Any]) -> None:
         self._switches(self.text, _TEXT_SWITCHES)
-        if self.text:
-            self._switches("", {"quantization_config": ()})
+        for prefix in sorted({"", self.text}):
+            self._switches(prefix, _QUANTIZATION_SWITCHES)
         if self._at("vision_config") is not None:
             self._switches("", _VISION_SWITCHES)
         if "sparse" not in fields["layer_types"]:

@@ -17,7 +17,7 @@ Say = Callable[..., tuple[str, str]]
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, model: Model, capsys: pytest.CaptureFixture[str]) -> Say:
     """Run `openm3 chat` with lines (or exceptions, raised where a line is waited for) typed into it: (out, err)."""
-    monkeypatch.setattr(chat, "load", lambda path: model)
+    monkeypatch.setattr(chat, "load", lambda path, **_: model)
 
     def run(*lines: str | type[BaseException], words: tuple[str, ...] = ()) -> tuple[str, str]:
         typed: Iterator[str | type[BaseException]] = iter([*lines, EOFError])
@@ -101,7 +101,7 @@ def test_file_flag(say: Say, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_flag_is_an_error(monkeypatch: pytest.MonkeyPatch, model: Model, capsys) -> None:
-    monkeypatch.setattr(chat, "load", lambda path: model)
+    monkeypatch.setattr(chat, "load", lambda path, **_: model)
     assert cli.main(["chat", "--file", "gone.txt"]) == 2
     assert capsys.readouterr().err.startswith("error: gone.txt does not exist")
 

@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, model: Model, checkpoint: str):
     """Run `openm3 ask` with the model already in memory."""
-    monkeypatch.setattr(command, "load", lambda path: model)
+    monkeypatch.setattr(command, "load", lambda path, **_: model)
 
     def run(*words: str, question: str = "How many?") -> int:
         return cli.main(["ask", question, "--model", checkpoint, "--max-new-tokens", "4", *words])

@@ -17,8 +17,8 @@ from openm3.eval import needles
 from openm3.eval.command import render, shares
 from openm3.eval.haystack import Counts, HaystackMaker
 from openm3.eval.heatmap import by_depth, draw
-from openm3.eval.needles import Plan, Reader, Result, Store, ask, limit_to_window, score
-from openm3.model.model import Model
+from openm3.eval.needles import Plan, Reader, Result, Store, ask, fingerprint, limit_to_window, score
+from openm3.model.model import Model, load
 from openm3.model.network import Network
 from openm3.train.corpus import Source
 
@@ -69,6 +69,20 @@ def test_window_is_the_newest_blocks(model: Model) -> None:
     assert model.network.config.num_local == 1
     for ours, theirs in zip(window.parameters(), model.network.parameters(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr()
+
+
+def test_window_of_a_quantised_model(folder: Path) -> None:
+    model = load(folder, weights="int8")
+    window = limit_to_window(model.network)
+    for name, value in model.network.state_dict().items():
+        assert window.state_dict()[name].data_ptr() == value.data_ptr()
+    ids = torch.randint(model.config.vocab_size, (200,)).tolist()
+    assert Model(window, model.tokenizer, "window").logits(ids).equal(model.logits(ids))
+
+
+def test_fingerprint_tells_dtypes_apart(folder: Path, model: Model) -> None:
+    same, coded = load(folder), load(folder, weights="int8")
+    assert fingerprint(same.network) == fingerprint(model.network) != fingerprint(coded.network)
 
 
 def test_window_needs_sparse_layers(model: Model) -> None:

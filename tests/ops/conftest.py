@@ -1,4 +1,4 @@
-"""What the operators' tests share: running one implementation, or saying why it cannot run."""
+"""What the operators' tests share: running one implementation or one native level, or saying why it cannot run."""
 
 import warnings
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from openm3.ops import native
 from openm3.ops.dispatch import Implementation
 
 
@@ -24,3 +25,12 @@ def run() -> Callable[..., Any]:
             return implementation.run(*args)
 
     return call
+
+
+@pytest.fixture(params=native.LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has native code run at one instruction-set level; skips those that this machine lacks."""
+    if native.missing() or request.param not in native.levels():
+        pytest.skip(native.missing() or f"{request.param} is not compiled, or not what this processor runs")
+    monkeypatch.setattr(native, "loaded", lambda: native.module(request.param))
+    return str(request.param)

@@ -1,9 +1,26 @@
 """Page writes: each token lands in its slot, nothing else moves."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from openm3.ops.cache import Pool, write_pages
+import openm3
+from openm3.ops import native
+from openm3.ops.cache import WRITE_PAGES, Pool, write_pages
+from openm3.ops.dispatch import Implementation
+
+each_implementation = pytest.mark.parametrize("implementation", WRITE_PAGES.implementations, ids=lambda i: i.name)
+
+
+@pytest.fixture(params=native.LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has native code run at one instruction-set level; skips those that this machine lacks."""
+    if native.missing() or request.param not in native.levels():
+        pytest.skip(native.missing() or f"{request.param} is not compiled, or not what this processor runs")
+    monkeypatch.setattr(native, "loaded", lambda: native.module(request.param))
+    return str(request.param)
 
 
 def pools(dtype: torch.dtype = torch.float32, *, index: bool = True) -> Pool:
@@ -11,24 +28,29 @@ def pools(dtype: torch.dtype = torch.float32, *, index: bool = True) -> Pool:
     return Pool(*(torch.full((5, 2, 128, 4), torch.nan, dtype=dtype) for _ in range(2)), index_k_MBJ)
 
 
-def test_tokens_land_in_their_slots_and_nothing_else_moves() -> None:
+@each_implementation
+def test_tokens_land_in_their_slots_and_nothing_else_moves(
+    implementation: Implementation, run: Callable[..., Any]
+) -> None:
     pool = pools()
     slots = [4 * 128, 4 * 128 + 127, 127, 128, 2 * 128 + 5]
     k_TGH, v_TGH, index_k_TJ = torch.randn(5, 2, 4), torch.randn(5, 2, 4), torch.randn(5, 3)
-    write_pages(k_TGH, v_TGH, index_k_TJ, pool, torch.tensor(slots))
+    run(implementation, k_TGH, v_TGH, index_k_TJ, pool, torch.tensor(slots))
     assert pool.index_k_MBJ is not None
     for t, slot in enumerate(slots):
         page, offset = divmod(slot, 128)
         assert torch.equal(pool.k_MGBH[page, :, offset], k_TGH[t])
         assert torch.equal(pool.v_MGBH[page, :, offset], v_TGH[t])
         assert torch.equal(pool.index_k_MBJ[page, offset], index_k_TJ[t])
-    assert [int((~x.isnan()).sum()) for x in pool] == [5 * 8, 5 * 8, 5 * 3]
+    parts = (pool.k_MGBH, pool.v_MGBH, pool.index_k_MBJ)
+    assert [int((~x.isnan()).sum()) for x in parts] == [5 * 8, 5 * 8, 5 * 3]
 
 
-def test_the_pool_keeps_its_dtype() -> None:
+@each_implementation
+def test_the_pool_keeps_its_dtype(implementation: Implementation, run: Callable[..., Any]) -> None:
     pool = pools(torch.bfloat16)
     k_TGH = torch.randn(1, 2, 4)
-    write_pages(k_TGH, k_TGH, torch.randn(1, 3), pool, torch.tensor([7], dtype=torch.int32))
+    run(implementation, k_TGH, k_TGH, torch.randn(1, 3), pool, torch.tensor([7], dtype=torch.int32))
     assert torch.equal(pool.k_MGBH[0, :, 7], k_TGH[0].bfloat16())
 
 
@@ -56,12 +78,50 @@ def test_half_given_index_keys_are_refused() -> None:
         write_pages(k_TGH, k_TGH, torch.ones(1, 3), pools(index=False), slot_T)
 
 
-@pytest.mark.parametrize(
-    ("slots", "error", "message"),
-    [([0, 1], ValueError, "1 tokens need as many slots"), ([-1], ValueError, "-1"), ([5 * 128], IndexError, "5")],
-)
-def test_slots_outside_the_pool_are_refused(slots: list[int], error: type[Exception], message: str) -> None:
-    k_TGH, pool = torch.ones(1, 2, 4), pools(index=False)
-    with pytest.raises(error, match=message):
-        write_pages(k_TGH, k_TGH, None, pool, torch.tensor(slots))
+def test_slots_must_be_as_many_as_tokens() -> None:
+    with pytest.raises(ValueError, match="1 tokens need as many slots"):
+        write_pages(torch.ones(1, 2, 4), torch.ones(1, 2, 4), None, pools(index=False), torch.tensor([0, 1]))
+
+
+@each_implementation
+@pytest.mark.parametrize("slot", [-1, 5 * 128, 1 << 40])
+def test_slots_outside_the_pool_are_refused(slot: int, implementation: Implementation, run: Callable[..., Any]) -> None:
+    k_TGH, pool = torch.ones(2, 2, 4), pools(index=False)
+    with pytest.raises(ValueError, match=f"slot {slot} is outside the pool of 5 pages of 128 tokens"):
+        run(implementation, k_TGH, k_TGH, None, pool, torch.tensor([3, slot]))
     assert pool.k_MGBH.isnan().all()
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("tokens", [1, 5, 700])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_native_writes_are_the_reference(
+    given: torch.dtype, stored: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strided inputs into strided pools, bit by bit, infinities and NaN included."""
+    monkeypatch.setattr(native, "threads", lambda: 3)
+    k_TGH, v_TGH = (torch.randn(tokens, 3, 100).to(given)[:, 1:, 3:90] for _ in range(2))
+    index_k_TJ = torch.randn(tokens, 90).to(given)[:, :37]
+    index_k_TJ[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    slot_T = torch.randperm(6 * 128)[:tokens]
+    written = []
+    for name in ("reference", "native"):
+        # Slots outermost, as pages that training makes: the pool's axes stand in another order than its memory.
+        k_MGBH, v_MGBH = (torch.zeros(6, 128, 2, 90, dtype=stored)[..., :87].transpose(1, 2) for _ in range(2))
+        pool = Pool(k_MGBH, v_MGBH, torch.zeros(6, 128, 40, dtype=stored)[..., :37])
+        with openm3.use(name):
+            write_pages(k_TGH, v_TGH, index_k_TJ, pool, slot_T)
+        written.append(pool)
+    for x, y in zip(written[0][:3], written[1][:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_native_refuses_pools_it_cannot_write() -> None:
+    k_TGH, pool = torch.ones(1, 2, 4), pools(index=False)
+    across = pool._replace(k_MGBH=torch.zeros(5, 2, 4, 128).transpose(2, 3))
+    supports = WRITE_PAGES.implementations[0].supports
+    assert supports(k_TGH, k_TGH, None, pool, torch.tensor([0])) is None
+    reason = "needs pools that are dense in their last axis"
+    assert supports(k_TGH, k_TGH, None, across, torch.tensor([0])) == reason

@@ -63,7 +63,9 @@ def test_use_ends_with_an_error_too() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown implementation 'fast'; choose one of reference, blocked, compiled"):
+    with pytest.raises(
+        ValueError, match="unknown implementation 'fast'; choose one of reference, blocked, native, compiled"
+    ):
         use("fast").__enter__()
     with pytest.raises(ValueError, match="unknown implementation"), openm3.use("Reference"):
         pass
@@ -125,12 +127,12 @@ def test_every_operator_has_one_reference_and_known_names() -> None:
 
 def test_blocked_refuses_float64_and_other_devices() -> None:
     calls = typical_calls(torch.device("cpu"), torch.float64)
-    blocked = SELECT_BLOCKS.implementations[0]
+    blocked = next(i for i in SELECT_BLOCKS.implementations if i.name == "blocked")
     assert blocked.supports(*calls["select_blocks"]) == "computes in float32, not float64"
     for op in OPERATORS:
         elsewhere = tuple(x.to("meta") if isinstance(x, torch.Tensor) else x for x in calls[op.name])
         for implementation in op.implementations:
-            if implementation.name == "blocked":
+            if implementation.name == "blocked" and op.name != "linear":
                 assert implementation.supports(*elsewhere) == "needs CPU tensors, not meta"
 
 

@@ -8,15 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
+import openm3
+from openm3.ops import native
 from openm3.ops.cases import EXPERTS as CASES
 from openm3.ops.cases import ExpertCase, Routed, routed
 from openm3.ops.dispatch import Implementation
-from openm3.ops.experts import EXPERTS, SWIGLU, experts, route, swiglu
+from openm3.ops.experts import EXPERTS, ROUTE, SWIGLU, experts, reference, route, swiglu
 
 ALPHA, LIMIT = 1.702, 7.0
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_implementation = pytest.mark.parametrize("implementation", EXPERTS.implementations, ids=lambda i: i.name)
+each_route = pytest.mark.parametrize("implementation", ROUTE.implementations, ids=lambda i: i.name)
+
+
+@pytest.fixture(params=native.LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has native code run at one instruction-set level; skips those that this machine lacks."""
+    if native.missing() or request.param not in native.levels():
+        pytest.skip(native.missing() or f"{request.param} is not compiled, or not what this processor runs")
+    monkeypatch.setattr(native, "loaded", lambda: native.module(request.param))
+    return str(request.param)
 
 
 def defined_swiglu(gate: float, up: float) -> float:
@@ -70,7 +82,7 @@ def test_gradients_of_experts(implementation: Implementation, run: Callable[...,
 
     wide = Routed(*(x if x.dtype == torch.int32 else x.double() for x in e))
     got = gradients(lambda *args: run(implementation, *args), e)
-    for x, truth in zip(got, gradients(EXPERTS.implementations[0].run, wide), strict=True):
+    for x, truth in zip(got, gradients(reference.experts, wide), strict=True):
         torch.testing.assert_close(x.double(), truth, rtol=0, atol=2e-6 * float(truth.abs().max()))
 
 
@@ -109,26 +121,30 @@ def test_swiglu_of_bfloat16_is_rounded_once() -> None:
     assert torch.equal(swiglu(gate_up, alpha=ALPHA, limit=LIMIT), wanted)
 
 
-def test_route_takes_the_largest_and_weighs_without_the_bias() -> None:
+@each_route
+def test_route_takes_the_largest_and_weighs_without_the_bias(
+    implementation: Implementation, run: Callable[..., Any]
+) -> None:
     x_TD, router_ED, bias_E = torch.randn(20, 6), torch.randn(9, 6), torch.randn(9) * 0.2
-    expert_TA, weight_TA = route(x_TD, router_ED, bias_E, 3)
+    expert_TA, weight_TA = run(implementation, x_TD, router_ED, bias_E, 3)
     assert expert_TA.dtype == torch.int32 and weight_TA.dtype == torch.float32
     for t in range(20):
         score_E = torch.sigmoid(router_ED @ x_TD[t])
         best = sorted(range(9), key=lambda e: -float((score_E + bias_E)[e]))[:3]
         assert expert_TA[t].tolist() == best
         torch.testing.assert_close(weight_TA[t], score_E[best] / score_E[best].sum())
-    assert not torch.equal(expert_TA, route(x_TD, router_ED, torch.zeros(9), 3)[0])
+    assert not torch.equal(expert_TA, run(implementation, x_TD, router_ED, torch.zeros(9), 3)[0])
 
 
-def test_route_ties_take_the_smaller_expert() -> None:
+@each_route
+def test_route_ties_take_the_smaller_expert(implementation: Implementation, run: Callable[..., Any]) -> None:
     x_TD = torch.ones(2, 4)
-    expert_TA, weight_TA = route(x_TD, torch.ones(8, 4), torch.zeros(8), 3)
+    expert_TA, weight_TA = run(implementation, x_TD, torch.ones(8, 4), torch.zeros(8), 3)
     assert expert_TA.tolist() == [[0, 1, 2]] * 2
     torch.testing.assert_close(weight_TA, torch.full((2, 3), 1 / 3))
     bias_E = torch.tensor([0.0, 1, 0, 1, 0, 1, 0, 1])
-    assert route(x_TD, torch.ones(8, 4), bias_E, 3)[0].tolist() == [[1, 3, 5]] * 2
-    assert route(x_TD, torch.ones(8, 4), torch.zeros(8), 8)[0].tolist() == [list(range(8))] * 2
+    assert run(implementation, x_TD, torch.ones(8, 4), bias_E, 3)[0].tolist() == [[1, 3, 5]] * 2
+    assert run(implementation, x_TD, torch.ones(8, 4), torch.zeros(8), 8)[0].tolist() == [list(range(8))] * 2
 
 
 def test_route_maths_are_in_the_routers_dtype() -> None:
@@ -169,3 +185,135 @@ def test_wrong_shapes_are_refused(change: dict[str, Tensor], message: str) -> No
     e = routed(next(case for case in CASES if case.name == "one_expert"))._replace(**change)
     with pytest.raises(ValueError, match=message):
         experts(*e, alpha=ALPHA, limit=LIMIT)
+
+
+def error(out: Tensor, truth: Tensor) -> float:
+    """Root mean square."""
+    return float((out.double() - truth).square().mean().sqrt()) if out.numel() else 0.0
+
+
+def crowd(num_tokens: int, *, width: int, inner: int, dtype: torch.dtype = torch.float32) -> Routed:
+    """Tokens of which all choose expert 0, every third expert 1 too, and the others one of the six after it."""
+    e = routed(ExpertCase(name="", num_tokens=num_tokens, width=width, inner=inner), dtype=dtype)
+    second_T = torch.arange(num_tokens) % 18 // 3 + 2
+    second_T[::3] = 1
+    return e._replace(expert_TA=torch.stack((torch.zeros_like(second_T), second_T), -1).to(torch.int32))
+
+
+def hold_native_to_the_reference(e: Routed) -> None:
+    """The native error against float64 is at most twice the reference's in the same dtype."""
+    truth_TD = reference.experts(*(x if x.dtype == torch.int32 else x.double() for x in e), ALPHA, LIMIT)
+    with openm3.use("native"):
+        out_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
+    assert out_TD.dtype == e.x_TD.dtype and out_TD.shape == e.x_TD.shape
+    assert error(out_TD, truth_TD) <= 2 * error(reference.experts(*e, ALPHA, LIMIT), truth_TD)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_case
+def test_native_experts_are_as_close_as_the_reference(case: ExpertCase, dtype: torch.dtype) -> None:
+    hold_native_to_the_reference(routed(case, dtype=dtype))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 16, 17, 47, 49, 100, 450])
+def test_native_experts_take_any_number_of_tokens(num_tokens: int) -> None:
+    """Dot products of one to four tokens, tiles of one to three vectors, several tiles, several chunks of tiles."""
+    hold_native_to_the_reference(crowd(num_tokens, width=37, inner=21))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_tokens", "width", "inner"), [(3, 1000, 70), (60, 1000, 35), (60, 64, 809)])
+def test_native_experts_take_any_width(num_tokens: int, width: int, inner: int, weights: torch.dtype) -> None:
+    """Depths and panels that are cut into several pieces, the weights in another dtype than the tokens."""
+    e = crowd(num_tokens, width=width, inner=inner)
+    scaled = ((x / x.shape[-1] ** 0.5).to(weights) for x in (e.gate_up_E2FD, e.down_EDF))
+    hold_native_to_the_reference(Routed(*e[:3], *scaled))
+
+
+@pytest.mark.usefixtures("level")
+def test_native_experts_take_more_tokens_than_they_hold_at_once() -> None:
+    hold_native_to_the_reference(crowd(4200, width=8, inner=4))
+
+
+@pytest.mark.usefixtures("level")
+def test_native_experts_take_strides_and_an_expert_twice() -> None:
+    e = crowd(30, width=24, inner=12)
+    wide = Routed(
+        e.x_TD.repeat(1, 2)[:, :24],
+        e.expert_TA.clone().fill_(3),
+        torch.rand(2, 30).T,
+        e.gate_up_E2FD.repeat(1, 1, 2)[..., 7:31],
+        e.down_EDF.repeat(1, 2, 1)[:, 10:34],
+    )
+    hold_native_to_the_reference(wide)
+
+
+@pytest.mark.usefixtures("level")
+def test_native_experts_are_the_same_for_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_tokens in (1, 90):
+        e = crowd(num_tokens, width=200, inner=300)
+        monkeypatch.setattr(native, "threads", lambda: 1)
+        alone_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
+        monkeypatch.setattr(native, "threads", lambda: 5)
+        assert torch.equal(experts(*e, alpha=ALPHA, limit=LIMIT), alone_TD)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("num_tokens", [2, 40])
+def test_native_tokens_do_not_mix(num_tokens: int) -> None:
+    e = crowd(num_tokens, width=16, inner=12)
+    clean_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
+    e.x_TD[1] = torch.nan
+    out_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
+    others = torch.arange(num_tokens) != 1
+    assert out_TD[1].isnan().all() and torch.equal(out_TD[others], clean_TD[others])
+
+
+@pytest.mark.parametrize("expert", [-1, 8])
+def test_native_experts_refuse_experts_that_do_not_exist(expert: int) -> None:
+    e = crowd(3, width=16, inner=12)
+    e.expert_TA[1, 1] = expert
+    if native.missing() is None:
+        with pytest.raises(ValueError, match=f"expert {expert} is not one of the 8"):
+            experts(*e, alpha=ALPHA, limit=LIMIT)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("num_tokens", [1, 3, 5, 40, 130])
+@pytest.mark.parametrize(("num_experts", "num_active"), [(1, 1), (8, 2), (70, 5)])
+def test_native_routes_are_the_reference(num_experts: int, num_active: int, num_tokens: int) -> None:
+    """Whole numbers, so that sums are exact and ties many; NaN and infinities among them."""
+    x_TD = torch.randint(-1, 2, (num_tokens, 33)).float()
+    x_TD[num_tokens // 2, 0], x_TD[num_tokens // 3, 1] = torch.nan, torch.inf
+    router_ED = torch.randint(-1, 2, (num_experts, 33)) * (torch.arange(33) < 8)
+    router_ED, bias_E = router_ED.float(), torch.randint(0, 2, (num_experts,)).float()
+    for tokens in (x_TD, x_TD.bfloat16(), x_TD.repeat(1, 2)[:, :33]):
+        expert_TA, weight_TA = reference.route(tokens, router_ED, bias_E, num_active)
+        with openm3.use("native"):
+            native_TA, native_weight_TA = route(tokens, router_ED, bias_E, num_active)
+        assert native_TA.dtype == torch.int32 and torch.equal(native_TA, expert_TA)
+        torch.testing.assert_close(native_weight_TA, weight_TA, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_swiglu_is_as_close_as_the_reference(dtype: torch.dtype) -> None:
+    for shape in ((0, 8), (1, 2), (3, 5, 38), (70, 600)):
+        gate_up = (torch.randn(shape) * 6).to(dtype)
+        truth = reference.swiglu(gate_up.double(), ALPHA, LIMIT)
+        with openm3.use("native"):
+            out = swiglu(gate_up, alpha=ALPHA, limit=LIMIT)
+            assert torch.equal(swiglu(gate_up.repeat_interleave(2, 0)[::2], alpha=ALPHA, limit=LIMIT), out)
+        assert out.dtype == dtype and out.shape == truth.shape
+        assert error(out, truth) <= max(2 * error(reference.swiglu(gate_up, ALPHA, LIMIT), truth), 1e-7)
+
+
+@pytest.mark.usefixtures("level")
+def test_native_swiglu_takes_any_number() -> None:
+    gate_up = torch.tensor([[torch.nan, 1.0], [1.0, torch.nan], [torch.inf, -torch.inf], [-80.0, 3.0], [-1e30, 7.0]])
+    with openm3.use("native"):
+        out = swiglu(gate_up, alpha=ALPHA, limit=LIMIT)
+    torch.testing.assert_close(out, reference.swiglu(gate_up, ALPHA, LIMIT), equal_nan=True)

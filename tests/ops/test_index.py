@@ -218,7 +218,7 @@ def small_cases(draw: st.DrawFn) -> PackedCase:
         lengths=tuple(count + prefix for count, prefix in requests),
         num_groups=draw(st.integers(1, 3)),
         index_dim=draw(st.integers(1, 4)),
-        block_size=draw(st.sampled_from([1, 3, 4, 8])),
+        block_size=draw(st.sampled_from([1, 3, 4, 8, 16, 32])),
         num_selected=num_selected,
         num_local=draw(st.integers(1, num_selected)),
         index_values=draw(st.sampled_from(["integer", "equal", "nonfinite"])),
@@ -230,7 +230,8 @@ def test_any_small_batch_selects_by_the_definition(case: PackedCase, seed: int) 
     p = packed(case, seed)
     wanted = defined_blocks(p, case.num_selected, case.num_local)
     for implementation in SELECT_BLOCKS.implementations:
-        assert torch.equal(implementation.run(*index_args(case, p)), wanted), implementation.name
+        if implementation.supports(*index_args(case, p)) is None:
+            assert torch.equal(implementation.run(*index_args(case, p)), wanted), implementation.name
     visible = (wanted >= 0).sum(-1)
     assert torch.equal(
         visible,

@@ -8,11 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+import openm3
+from openm3.ops import native
 from openm3.ops.dispatch import Implementation
 from openm3.ops.norm import NORM_ROTATE, RMS_NORM, norm_rotate, rms_norm, rotary_table
 
 EPS = 1e-6
+
+
+@pytest.fixture(params=native.LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has native code run at one instruction-set level; skips those that this machine lacks."""
+    if native.missing() or request.param not in native.levels():
+        pytest.skip(native.missing() or f"{request.param} is not compiled, or not what this processor runs")
+    monkeypatch.setattr(native, "loaded", lambda: native.module(request.param))
+    return str(request.param)
 
 
 @pytest.mark.parametrize("implementation", RMS_NORM.implementations, ids=lambda i: i.name)
@@ -124,3 +136,70 @@ def test_gradients_are_derivatives() -> None:
     x_TNH = torch.randn(2, 1, 6, dtype=torch.float64, requires_grad=True)
     weight_H = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, weight: norm_rotate(x, weight, *rope, EPS), (x_TNH, weight_H))
+
+
+def error(out: Tensor, truth: Tensor) -> float:
+    return float((out.double() - truth).abs().max())
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 16, 31, 64, 192, 517])
+def test_native_norms_are_as_close_as_the_reference(width: int, dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(200, width) * 3).to(dtype), torch.randn(width).to(dtype)
+    truth = rms_norm(x.double(), weight.double(), EPS)
+    with openm3.use("reference"):
+        allowed = 2 * error(rms_norm(x, weight, EPS), truth)
+    with openm3.use("native"):
+        out = rms_norm(x, weight, EPS)
+    assert out.dtype == dtype
+    assert error(out, truth) <= max(allowed, 1e-7)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "rotary_dim"), [(5, 2), (11, 6), (64, 32), (64, 64), (96, 0), (128, 64), (77, 70)])
+def test_native_rotations_are_as_close_as_the_reference(width: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    x_TNH, weight_H = torch.randn(60, 3, width).to(dtype), torch.randn(width).to(dtype)
+    rope = rotary_table(torch.arange(60) * 1000, rotary_dim, 5e6)
+    truth = norm_rotate(x_TNH.double(), weight_H.double(), *rope, EPS)
+    with openm3.use("reference"):
+        allowed = 2 * error(norm_rotate(x_TNH, weight_H, *rope, EPS), truth)
+    with openm3.use("native"):
+        out_TNH = norm_rotate(x_TNH, weight_H, *rope, EPS)
+    assert out_TNH.dtype == dtype
+    assert error(out_TNH, truth) <= max(allowed, 1e-7)
+
+
+@pytest.mark.usefixtures("level")
+def test_native_norms_take_strides_and_mixed_dtypes() -> None:
+    wide_TNH, weight_H = torch.randn(6, 4, 48).bfloat16(), torch.randn(20)
+    rope = rotary_table(torch.arange(6), 8, 1e4)
+    for x_TNH in (wide_TNH[..., 5:25], wide_TNH[:, 1::2, :20], wide_TNH[::2, :, :40:2].repeat(2, 1, 1)):
+        dense_TNH = x_TNH.contiguous()
+        with openm3.use("native"):
+            assert torch.equal(rms_norm(x_TNH, weight_H, EPS), rms_norm(dense_TNH, weight_H, EPS))
+            turned_TNH = norm_rotate(x_TNH, weight_H, *rope, EPS)
+            assert torch.equal(turned_TNH, norm_rotate(dense_TNH, weight_H, *rope, EPS))
+        assert turned_TNH.is_contiguous() and turned_TNH.shape == x_TNH.shape
+
+
+def test_native_norms_are_the_same_for_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TNH, weight_H, rope = torch.randn(300, 4, 64), torch.randn(64), rotary_table(torch.arange(300), 32, 1e4)
+    alone = [rms_norm(x_TNH, weight_H, EPS), norm_rotate(x_TNH, weight_H, *rope, EPS)]
+    monkeypatch.setattr(native, "threads", lambda: 3)
+    together = [rms_norm(x_TNH, weight_H, EPS), norm_rotate(x_TNH, weight_H, *rope, EPS)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_native_norms_refuse_what_they_cannot_do() -> None:
+    x_TNH, weight_H, rope = torch.randn(2, 1, 8), torch.zeros(8), rotary_table(torch.arange(2), 4, 1e4)
+    norm, rotate = RMS_NORM.implementations[0], NORM_ROTATE.implementations[0]
+    assert norm.supports(x_TNH.half(), weight_H, EPS) == "takes float32 and bfloat16, not float16"
+    assert norm.supports(x_TNH.requires_grad_(), weight_H, EPS) == "has no gradients"
+    assert rotate.supports(x_TNH.detach(), weight_H, *(x.bfloat16() for x in rope), EPS) == (
+        "takes rotary tables in float32"
+    )
+    with openm3.use("native"), pytest.raises(ValueError, match="5 weights do not fit rows of 8"):
+        rms_norm(x_TNH.detach(), torch.zeros(5), EPS)

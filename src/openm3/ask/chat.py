@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input ends. Raises OpenM3Error if there is no model or no such file to begin with."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    talk = Talk(load(args.model), args.thinking, args.max_new_tokens)
+    model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
+    talk = Talk(model, args.thinking, args.max_new_tokens)
     for path in args.file or ():
         talk.add_file(path)
     is_terminal = sys.stdin.isatty()

@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     found = collect(args.file)
-    reader = Reader(load(args.model), found.documents)
+    model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
+    reader = Reader(model, found.documents)
     limits = {"thinking": args.thinking, "max_new_tokens": args.max_new_tokens}
     with use(args.implementation) if args.implementation else nullcontext():
         if args.json:

@@ -148,9 +148,8 @@ class Conversation:
         new = self.model.session(min(limit, needed + SPARE_TOKENS))
         if old is not None:
             for source, target in zip(old.pools, new.pools, strict=True):
-                for pages, more in zip(source, target, strict=True):
-                    if pages is not None and more is not None:
-                        more[: pages.shape[0]] = pages
+                for pages, more in zip(source.tensors(), target.tensors(), strict=True):
+                    more[: pages.shape[0]] = pages
             new.length = old.length
         self._session = new
         return new

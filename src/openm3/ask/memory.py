@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from openm3.config import ModelConfig
+from openm3.config import BLOCK, ModelConfig
 from openm3.errors import PromptError
 from openm3.model.cost import index_bytes_per_token, kv_bytes_per_token
+from openm3.ops.index import code_bytes
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -15,6 +16,8 @@ MEMINFO = Path("/proc/meminfo")
 def context_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int) -> int:
     """Bytes that reading takes: the cache, and a working copy of one layer's part of it."""
     cache = (kv_bytes_per_token(config, dtype_bytes) + index_bytes_per_token(config, dtype_bytes)) * num_tokens
+    num_pages = -(-num_tokens // BLOCK) * config.layer_types.count("sparse")
+    cache += num_pages * code_bytes(BLOCK, config.index_dim)
     return cache + cache // config.num_layers
 
 

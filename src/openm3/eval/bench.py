@@ -1,6 +1,7 @@
 """`openm3 bench`: how fast operators and models run here, beside what the machine could do.
 
-The peaks are measured in the same run: float32 matrix products and memory reads. The cost model counts operations.
+The peaks are measured before and after, in the same run: float32 matrix products and memory reads. What a call has to
+do is counted from its shape.
 """
 
 from __future__ import annotations
@@ -9,146 +10,149 @@ import argparse
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from openm3.config import BLOCK, ModelConfig
 from openm3.errors import ConfigError
+from openm3.eval import bench_headline, bench_model, bench_ops
+from openm3.eval.bench_headline import Headline
+from openm3.eval.bench_model import Timing
+from openm3.eval.bench_ops import Line
+from openm3.eval.bench_peaks import Peaks, Work, measure_peaks
 from openm3.eval.report import table, tokens
-from openm3.model import cost
-from openm3.model.model import Model, load
-from openm3.ops.attention import sparse_attention
-from openm3.ops.index import select_blocks
+from openm3.ops.dispatch import NAMES
 
-CHUNK = 512
-"""Tokens of the chunk that operators are timed on, at the end of the context."""
+BUDGET, QUICK_BUDGET = 6.0, 1.5
+"""Seconds that a case is repeated for."""
 
-DECODED = 32
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What this machine reached on its threads: float32 matrix products (GFLOP/s) and memory reads (GB/s)."""
-
-    gflops: float
-    gbytes: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One measurement: tokens a second, and the share of the peak (of `limit`: arithmetic or memory) that this is."""
-
-    what: str
-    context: int
-    tokens_per_second: float
-    share: float
-    limit: str
+_LIMITS = {"gemm": "GEMM", "read": "read"}
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or one JSON line."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load(args.model)
-    longest, limit = max(args.lengths) + DECODED, model.config.max_positions
-    if longest > limit:
-        raise ConfigError(f"{longest} tokens (with {DECODED} decoded) exceed the model's limit of {limit}")
+    return _model(args) if args.subject == "model" else _ops(args)
+
+
+def _ops(args: argparse.Namespace) -> int:
+    if args.list:
+        print(bench_ops.describe())
+        return 0
+    if args.against and args.against not in NAMES:
+        raise ConfigError(f"no implementation is named {args.against!r}; give one of {', '.join(NAMES)}")
+    budget = QUICK_BUDGET if args.quick else BUDGET
+    cases = [] if args.headline and not args.case else bench_ops.choose(args.case, args.quick)
     peaks = measure_peaks()
-    measure = model_timings if args.subject == "model" else operator_timings
-    timings = [timing for length in args.lengths for timing in measure(model, length, peaks)]
+    lines = bench_ops.measure(cases, budget=budget, against=args.against)
+    headlines = bench_headline.measure(budget=budget) if args.headline else []
+    peaks = peaks.better(measure_peaks())
     if args.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-        rows = [asdict(timing) for timing in timings]
-        print(
-            json.dumps({"model": model.name, **machine, "torch": torch.__version__, **asdict(peaks), "timings": rows})
-        )
+        print(json.dumps(_ops_values(lines, headlines, peaks, args.against)))
     else:
-        print(render(timings, peaks))
+        print(render_ops(lines, peaks, args.against) + render_headlines(headlines, peaks))
     return 0
 
 
-def measure_peaks() -> Peaks:
-    """The best of a few products of 1024 x 1024 matrices, and of a few sums over 256 MB."""
-    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    wide = torch.rand(1 << 26)
-    product = min(_seconds(lambda: a @ b) for _ in range(8))
-    read = min(_seconds(lambda: wide.sum()) for _ in range(4))
-    return Peaks(2 * 1024**3 / product / 1e9, wide.nbytes / read / 1e9)
+def _model(args: argparse.Namespace) -> int:
+    network, name = bench_model.open_network(args.model, args.config, getattr(torch, args.dtype), args.weights)
+    peaks = measure_peaks()
+    timings = list(bench_model.measure(network, args.lengths, whole=args.whole))
+    peaks = peaks.better(measure_peaks())
+    if args.json:
+        rows = [
+            {"what": t.what, "context": t.context, "tokens_per_second": t.tokens / t.seconds}
+            | _rates(t.seconds, t.work, peaks)
+            for t in timings
+        ]
+        settings = {"model": name, "dtype": args.dtype, "weights": args.weights, "whole": args.whole}
+        print(json.dumps(settings | _machine(peaks) | {"timings": rows}))
+    else:
+        print(render_model(name, timings, peaks))
+    return 0
 
 
-def model_timings(model: Model, context: int, peaks: Peaks) -> Iterator[Timing]:
-    """Reading a prompt of `context` tokens, and decoding behind it."""
-    ids = torch.randint(model.config.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
-    session = model.session(context + DECODED)
-    begin = time.perf_counter()
-    logit_V = session.read(ids)
-    read = time.perf_counter() - begin
-    yield Timing(
-        "prefill", context, context / read, _prefill_flops(model.config, context) / read / 1e9 / peaks.gflops, "GFLOP/s"
-    )
-    begin = time.perf_counter()
-    count = sum(1 for _ in session.decode(logit_V, DECODED))
-    step = (time.perf_counter() - begin) / (count - 1)
-    size = model.network.embed.weight.itemsize
-    moved = cost.bytes_per_token(model.config, context, weight_bytes=size, cache_bytes=size)["total"]
-    yield Timing("decode", context, 1 / step, moved / step / 1e9 / peaks.gbytes, "GB/s")
+def _ops_values(
+    lines: Sequence[Line], headlines: Sequence[Headline], peaks: Peaks, against: str | None
+) -> dict[str, Any]:
+    cases: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        cases[line.name] = _rates(line.seconds, line.work, peaks)
+        if line.other is not None:
+            cases[line.name] |= {"against": against, "ratio": line.other / line.seconds}
+    for h in headlines:
+        ratios = {"dense_ratio": h.dense / h.sparse, "sdpa_ratio": h.plain / h.sparse}
+        flops_ratio = h.dense_work.flops / h.work.flops
+        cases[h.name] = _rates(h.sparse, h.work, peaks) | ratios | {"flops_ratio": flops_ratio}
+    return _machine(peaks) | {"cases": cases}
 
 
-def operator_timings(model: Model, context: int, peaks: Peaks) -> Iterator[Timing]:
-    """One layer's selection and sparse attention for the last chunk of `context` tokens, on random values."""
-    c, generator = model.config, torch.Generator().manual_seed(0)
-    count, pages = min(CHUNK, context), -(-context // BLOCK)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    where = (torch.arange(pages, dtype=torch.int32)[None], torch.tensor([0, count]), torch.tensor([context]))
-    index_q_TGJ, index_k_MBJ = random(count, c.num_groups, c.index_dim), random(pages, BLOCK, c.index_dim)
-    q_TNH = random(count, c.num_heads, c.head_dim)
-    k_MGBH, v_MGBH = random(pages, c.num_groups, BLOCK, c.head_dim), random(pages, c.num_groups, BLOCK, c.head_dim)
-
-    def select() -> torch.Tensor:
-        return select_blocks(index_q_TGJ, index_k_MBJ, *where, num_selected=c.num_selected, num_local=c.num_local)
-
-    block_TGK = select()
-    # Where every block is taken, nothing is scanned.
-    scan = 2 * c.num_groups * c.index_dim * context * count if pages > c.num_selected else 0
-    attention = 4 * c.num_heads * c.head_dim * cost.attended_tokens(c, context) * count
-    calls: list[tuple[str, int, Callable[[], object]]] = [
-        ("select_blocks", scan, select),
-        (
-            "sparse_attention",
-            attention,
-            lambda: sparse_attention(q_TNH, k_MGBH, v_MGBH, *where, block_TGK, scale=c.head_dim**-0.5),
-        ),
-    ]
-    for name, flops, call in calls:
-        seconds = min(_seconds(call) for _ in range(3))
-        yield Timing(name, context, count / seconds, flops / seconds / 1e9 / peaks.gflops, "GFLOP/s")
+def _machine(peaks: Peaks) -> dict[str, Any]:
+    """The peaks, and whose they are."""
+    return {
+        "gemm_gflops": peaks.gflops,
+        "read_gbs": peaks.gbytes,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
-def render(timings: list[Timing], peaks: Peaks) -> str:
-    """The measurements as a table under the machine's peaks."""
-    rows = [[t.what, tokens(t.context), f"{t.tokens_per_second:,.1f}", f"{t.share:.1%} of {t.limit}"] for t in timings]
-    title = f"Measured peaks: {peaks.gflops:.0f} GFLOP/s in float32 products, {peaks.gbytes:.1f} GB/s read"
-    return f"{title} ({torch.get_num_threads()} threads)\n\n" + table(
-        ["what", "context", "tokens/s", "share of peak"], rows, "<>>>"
-    )
+def _rates(seconds: float, work: Work, peaks: Peaks) -> dict[str, Any]:
+    gflops, gbytes = work.flops / seconds / 1e9, work.nbytes / seconds / 1e9
+    share = work.share(seconds, peaks)
+    return {"ms": seconds * 1e3, "share": share, "of": work.limit, "gflops": gflops, "gbs": gbytes}
 
 
-def _prefill_flops(config: ModelConfig, context: int) -> int:
-    """Operations to read a prompt: every token at the context it sees (in steps of a block), and the head once."""
-    flops = 0
-    for end in range(BLOCK, context + BLOCK, BLOCK):
-        parts = cost.flops_per_token(config, min(end, context))
-        flops += (parts["total"] - parts["head"]) * min(BLOCK, context - end + BLOCK)
-    return flops + cost.flops_per_token(config, 1)["head"]
+def render_ops(lines: Sequence[Line], peaks: Peaks, against: str | None) -> str:
+    """The cases as a table under the machine's peaks."""
+    if not lines:
+        return _title(peaks)
+    rows = []
+    for line in lines:
+        ratio = [] if line.other is None else [f"{line.other / line.seconds:.1f}x"]
+        rows.append([line.name, _milliseconds(line.seconds), *ratio, *_cells(line.seconds, line.work, peaks)])
+    head = ["case", "ms", *([f"{against} takes"] if against else []), "GFLOP/s", "GB/s", "share of peak"]
+    return f"{_title(peaks)}\n\n" + table(head, rows, "<" + ">" * (len(head) - 1))
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+def render_headlines(headlines: Sequence[Headline], peaks: Peaks) -> str:
+    """Sparse against dense attention at a million tokens, as a table; nothing without measurements."""
+    if not headlines:
+        return ""
+    rows = []
+    for h in headlines:
+        times = [_milliseconds(seconds) for seconds in (h.sparse, h.dense, h.plain)]
+        ratios = [f"{seconds / h.sparse:.1f}x" for seconds in (h.dense, h.plain)]
+        work = f"1/{h.dense_work.flops / h.work.flops:.1f}"
+        rows.append([h.name, *times, *ratios, work, f"{h.work.share(h.sparse, peaks):.0%} of {_LIMITS[h.work.limit]}"])
+    head = ["behind 1M tokens", "sparse ms", "dense ms", "SDPA ms", "dense takes", "SDPA takes", "operations", "share"]
+    return "\n\n" + table(head, rows, "<" + ">" * (len(head) - 1))
+
+
+def render_model(name: str, timings: Sequence[Timing], peaks: Peaks) -> str:
+    """A model's timings as a table under the machine's peaks."""
+    rows = []
+    for t in timings:
+        what = f"{t.what} {t.tokens}" if t.tokens > 1 else t.what
+        rate = f"{t.tokens / t.seconds:,.1f}"
+        rows.append([what, tokens(t.context), rate, _milliseconds(t.seconds), *_cells(t.seconds, t.work, peaks)])
+    head = [name, "behind", "tokens/s", "ms", "GFLOP/s", "GB/s", "share of peak"]
+    return f"{_title(peaks)}\n\n" + table(head, rows, "<>>>>>>")
+
+
+def _title(peaks: Peaks) -> str:
+    best = f"{peaks.gflops:.0f} GFLOP/s in float32 products (GEMM), {peaks.gbytes:.1f} GB/s read"
+    return f"Measured peaks: {best} ({torch.get_num_threads()} threads)"
+
+
+def _cells(seconds: float, work: Work, peaks: Peaks) -> list[str]:
+    rates = [f"{amount / seconds / 1e9:,.1f}" for amount in (work.flops, work.nbytes)]
+    return [*rates, f"{work.share(seconds, peaks):.0%} of {_LIMITS[work.limit]}"]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{2 if seconds < 0.1 else 0}f}"

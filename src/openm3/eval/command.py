@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from openm3.errors import ConfigError
-from openm3.eval import coverage, heatmap
+from openm3.eval import coverage, heatmap, quantisation
 from openm3.eval.needles import Plan, Result, Store, ask
 from openm3.eval.report import progress, table, tokens, wilson
 from openm3.model.model import Model, load
@@ -27,9 +27,11 @@ def run(args: argparse.Namespace) -> int:
     """Run one evaluation and print it."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.task == "quantisation":
+        return quantisation.run(args)
     if args.task == "needles":
         heatmap.require_matplotlib()
-    model = load(args.model)
+    model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
     return _needles(args, model) if args.task == "needles" else coverage.run(args, model)
 
 

@@ -7,6 +7,7 @@ answer and the model can, selection found.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -104,10 +105,8 @@ def limit_to_window(network: Network) -> Network:
     config = network.config
     if "full" in config.layer_types:
         raise ConfigError("attention cannot be limited to a window: the model has dense attention layers")
-    with torch.device("meta"):
-        limited = Network(replace(config, num_local=config.num_selected))
-    limited.load_state_dict(network.state_dict(), assign=True)
-    return limited.eval().requires_grad_(False)
+    shared: dict[int, object] = {id(x): x for x in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, {**shared, id(config): replace(config, num_local=config.num_selected)})
 
 
 def ask(model: Model, plan: Plan, store: Store, *, on_progress: Callable[[int], None] | None = None) -> list[Result]:
@@ -203,9 +202,11 @@ class Store:
 
 
 def fingerprint(network: Network) -> str:
-    """A short digest of the weights: of the norms alone, which any training changes and which are quick to read."""
+    """A short digest of the weights: of the norms, which any training changes and are quick to read, and of dtypes."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         if "norm" in name:
             digest.update(value.float().numpy().tobytes())
+        if value.dtype != torch.float32:
+            digest.update(f"{name} {value.dtype}".encode())
     return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openm3.config import BLOCK, ModelConfig
 from openm3.model.batch import Batch
+from openm3.model.linear import Linear
 from openm3.ops.attention import dense_attention, sparse_attention
 from openm3.ops.cache import Pool, write_pages
 from openm3.ops.index import select_blocks
@@ -53,15 +54,15 @@ class Attention(nn.Module):
         self.layer = layer
         self.sparse = c.layer_types[layer] == "sparse"
         self.scale = c.head_dim**-0.5
-        self.q = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
-        self.k = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.v = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q = Linear(c.hidden_size, c.num_heads * c.head_dim)
+        self.k = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.v = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.o = Linear(c.num_heads * c.head_dim, c.hidden_size)
         self.q_norm = Norm(c.head_dim)
         self.k_norm = Norm(c.head_dim)
         if self.sparse:
-            self.index_q = nn.Linear(c.hidden_size, c.num_groups * c.index_dim, bias=False)
-            self.index_k = nn.Linear(c.hidden_size, c.index_dim, bias=False)
+            self.index_q = Linear(c.hidden_size, c.num_groups * c.index_dim)
+            self.index_k = Linear(c.hidden_size, c.index_dim)
             self.index_q_norm = Norm(c.index_dim)
             self.index_k_norm = Norm(c.index_dim)
 
@@ -80,8 +81,9 @@ class Attention(nn.Module):
         where = (batch.page_RP, batch.start_R1, batch.length_R)
         block_TGK = None
         if index_q_TGJ is not None and pool.index_k_MBJ is not None:
+            keys, codes = pool.index_k_MBJ, pool.codes
             block_TGK = select_blocks(
-                index_q_TGJ, pool.index_k_MBJ, *where, num_selected=c.num_selected, num_local=c.num_local
+                index_q_TGJ, keys, *where, num_selected=c.num_selected, num_local=c.num_local, codes=codes
             )
         if observer is not None:
             observer(self.layer, Heads(q_TNH, pool, index_q_TGJ, block_TGK, self.scale), batch)

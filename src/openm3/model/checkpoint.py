@@ -1,7 +1,7 @@
 """Reads and writes the published checkpoint layout: safetensors under the published tensor names.
 
 `layout` is the one table of names, used in both directions. Everything is checked against the file headers before a
-single weight is read. This module builds no network.
+single weight is read. Any tensor may be stored in MXFP8, with its scales beside it. This module builds no network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from openm3.config import ModelConfig
 from openm3.errors import CheckpointError
+from openm3.model import mxfp8
 from openm3.model.layout import Param, Part, layout
+from openm3.ops.linear import Weight, quantise
 
 BUNDLED = {"m3-tiny": Path(__file__).parent.parent / "assets" / "m3-tiny"}
 """Checkpoints inside the package, by name."""
@@ -46,17 +48,18 @@ class Stored:
     dtype: str
 
 
-def load_into(params: Mapping[str, Tensor], folder: str | Path, config: ModelConfig) -> None:
-    """Fill `params` (a state dict under `layout`'s names, any dtype and device) from the checkpoint in `folder`.
+def load_into(params: Mapping[str, Weight], folder: str | Path, config: ModelConfig) -> None:
+    """Fill `params` (by `layout`'s names, any dtype and device, or quantised) from the checkpoint in `folder`.
 
     Holds no more than one tensor beside `params`. Vision and projector parameters may be left out of `params`; their
-    tensors are checked all the same. Raises CheckpointError, as `check` does, before it changes anything.
+    tensors are checked all the same. Raises CheckpointError, as `check` does, before it changes anything; for values
+    that cannot be quantised, when it meets them.
     """
     stored = check(folder, config)
     table = {param.name: param for param in layout(config)}
     unfilled = {name for name in table if not _is_media(name)} ^ {name for name in params if not _is_media(name)}
     assert not unfilled, f"the model's parameters and the layout differ: {', '.join(fold(unfilled))}"
-    wanted: dict[Path, list[tuple[Part, Tensor]]] = defaultdict(list)
+    wanted: dict[Path, list[tuple[Part, Weight]]] = defaultdict(list)
     for name, target in params.items():
         assert target.shape == table[name].shape, f"parameter {name} must have shape {table[name].shape}"
         for part in table[name].parts:
@@ -65,13 +68,38 @@ def load_into(params: Mapping[str, Tensor], folder: str | Path, config: ModelCon
         for run in _runs(pairs):
             with _opened(file) as tensors, torch.no_grad():
                 for part, target in run:
-                    target[part.where].copy_(tensors.get_tensor(part.name))
+                    _fill(target, part, _value(part.name, tensors, stored))
+
+
+def _value(name: str, tensors: Any, stored: Mapping[str, Stored]) -> Tensor:
+    """A tensor of an open file, in float32 if it is MXFP8; its scales may be in another file."""
+    value: Tensor = tensors.get_tensor(name)
+    scale = name + mxfp8.SCALE_SUFFIX
+    if scale not in stored:
+        return value
+    if stored[scale].file == stored[name].file:
+        return mxfp8.decode(value, tensors.get_tensor(scale))
+    with _opened(stored[scale].file) as others:
+        return mxfp8.decode(value, others.get_tensor(scale))
+
+
+def _fill(target: Weight, part: Part, value: Tensor) -> None:
+    if isinstance(target, Tensor):
+        target[part.where].copy_(value)
+        return
+    room = target.at(part.where)
+    try:
+        quantised = quantise(value, value.shape[-1] // room.scale.shape[-1])
+    except ValueError as error:
+        raise CheckpointError(f"{part.name}: {error}") from None
+    room.code.copy_(quantised.code)
+    room.scale.copy_(quantised.scale)
 
 
 def read(
     folder: str | Path, config: ModelConfig, *, dtype: torch.dtype | None = None, vision: bool = False
 ) -> dict[str, Tensor]:
-    """Read a checkpoint as a dict of parameters: as stored, or in `dtype` (the router's stay float32).
+    """Read a checkpoint as a dict of parameters: as stored (MXFP8 as float32), or in `dtype` (the router's: float32).
 
     Raises CheckpointError, as `check` does.
     """
@@ -88,12 +116,15 @@ def read(
 def check(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
     """Compare the headers of the files in `folder` with what `config` needs; return its tensors by published name.
 
-    Tensors under `mtp.` are ignored. Raises one CheckpointError that names every file that is missing or torn, or else
-    every tensor that is missing, unexpected, of a wrong shape or of a dtype other than F32, BF16 and F16. Names that
-    differ only in numbers are folded: `layers.{3-59}.norm.weight`.
+    A tensor of dtype F8_E4M3 needs its scales beside it. Tensors under `mtp.` are ignored. Raises one CheckpointError
+    that names every file that is missing or torn, or else every tensor that is missing, unexpected, of a wrong shape or
+    of a dtype that cannot be read. Names that differ only in numbers are folded: `layers.{3-59}.norm.weight`.
     """
     stored = _survey(Path(folder))
     needed = {part.name: part.shape for param in layout(config) for part in param.parts}
+    coded = {name for name in needed.keys() & stored.keys() if stored[name].dtype == mxfp8.DTYPE}
+    scales = {name + mxfp8.SCALE_SUFFIX: mxfp8.scale_shape(needed[name]) for name in coded}
+    needed |= scales
     problems: list[str] = []
     if missing := needed.keys() - stored.keys():
         problems.append("missing " + ", ".join(fold(missing)))
@@ -104,8 +135,9 @@ def check(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
         tensor = stored[name]
         if tensor.shape != needed[name]:
             wrong[f"has shape {list(tensor.shape)} instead of {list(needed[name])}"].add(name)
-        if tensor.dtype not in _DTYPES:
-            wrong[f"has dtype {tensor.dtype} instead of {', '.join(_DTYPES)}"].add(name)
+        readable = mxfp8.SCALE_DTYPES if name in scales else (*_DTYPES, mxfp8.DTYPE)
+        if tensor.dtype not in readable:
+            wrong[f"has dtype {tensor.dtype} instead of {', '.join(readable)}"].add(name)
     problems += sorted(f"{', '.join(fold(names))} {what}" for what, names in wrong.items())
     if problems:
         raise CheckpointError(f"the checkpoint in {folder} does not fit its config: " + "; ".join(problems))
@@ -169,9 +201,9 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file} is torn or not a safetensors file: {error}") from None
 
 
-def _runs(pairs: list[tuple[Part, Tensor]]) -> Iterator[list[tuple[Part, Tensor]]]:
+def _runs(pairs: list[tuple[Part, Weight]]) -> Iterator[list[tuple[Part, Weight]]]:
     """Cut the work on one file into runs of at most `_MAPPED_BYTES`, or one tensor."""
-    run: list[tuple[Part, Tensor]] = []
+    run: list[tuple[Part, Weight]] = []
     size = 0
     for part, target in pairs:
         part_bytes = math.prod(part.shape) * torch.float32.itemsize
@@ -188,7 +220,7 @@ def _is_media(name: str) -> bool:
 
 
 def _widest(stored: Iterable[Stored]) -> torch.dtype:
-    dtypes = {_DTYPES[tensor.dtype] for tensor in stored}
+    dtypes = {_DTYPES.get(tensor.dtype, torch.float32) for tensor in stored}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 

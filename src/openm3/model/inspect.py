@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from openm3.config import BLOCK, ModelConfig
-from openm3.model import cost
+from openm3.model import cost, mxfp8
 from openm3.model.checkpoint import BUNDLED, Stored, check, has_weights, ranges
 from openm3.model.layout import layout
 
 CONTEXTS = (8_192, 131_072, 1_048_576)
 """Context lengths, in tokens, that a report gives the cost of a decoded token at."""
 
-_DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, mxfp8.DTYPE: 1}
 
 
 def report(path: str | Path) -> dict[str, Any]:
@@ -69,6 +69,8 @@ def _memory(config: ModelConfig, stored: Mapping[str, Stored] | None) -> dict[st
         for tensor in param.parts:
             dtype = stored[tensor.name].dtype if stored else "F32" if param.float32 else "BF16"
             memory[_part(param.name)] += math.prod(tensor.shape) * _DTYPE_BYTES[dtype]
+            if dtype == mxfp8.DTYPE:
+                memory[_part(param.name)] += math.prod(mxfp8.scale_shape(tensor.shape))
     return {**memory, "total": memory.total()}
 
 

@@ -12,13 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openm3.config import ModelConfig
-from openm3.errors import CheckpointError, PromptError
+from openm3.errors import CheckpointError, ConfigError, PromptError
 from openm3.model import checkpoint
 from openm3.model.attention import Heads
 from openm3.model.batch import Batch
+from openm3.model.linear import Linear, joined
+from openm3.model.moe import Experts
 from openm3.model.network import Network
 from openm3.model.session import Session
+from openm3.ops.linear import Weight
 from openm3.tokens.tokenizer import Tokenizer
+
+WEIGHT_GROUPS: dict[str, int | None] = {"int8": 32, "int8-channel": None}
+"""How `load` can quantise weights: inputs that share a scale, None for all the inputs of an output."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,23 @@ class Model:
         return Trace(blocks)
 
 
-def load(path: str | Path = "m3-tiny", *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Load a bundled model by name or a checkpoint folder in the published layout.
+def load(
+    path: str | Path = "m3-tiny",
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str | None = None,
+) -> Model:
+    """Load a bundled model by name or a checkpoint folder in the published layout, MXFP8 included.
 
-    Weights are converted to `dtype`, except the router's, which stay float32. Raises ConfigError or CheckpointError.
+    Weights are converted to `dtype`, except the router's, which stay float32. With `weights="int8"` those of the
+    layers' projections and experts are kept in a byte each, with a scale for every 32 inputs of an output, or one for
+    all of them with "int8-channel"; the file is read tensor by tensor. Raises ConfigError or CheckpointError.
     """
     if device != "cpu":
         raise CheckpointError(f"device must be 'cpu' in this version, not {device!r}")
+    if weights is not None and weights not in WEIGHT_GROUPS:
+        raise ConfigError(f"weights must be {' or '.join(map(repr, WEIGHT_GROUPS))} or None, not {weights!r}")
     folder = checkpoint.BUNDLED.get(str(path), Path(path))
     if not folder.is_dir():
         names = ", ".join(sorted(checkpoint.BUNDLED))
@@ -117,20 +133,32 @@ def load(path: str | Path = "m3-tiny", *, device: str = "cpu", dtype: torch.dtyp
         raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     with torch.device("meta"):
         network = Network(config)
-    network = _materialise(network, dtype)
-    checkpoint.load_into(network.state_dict(keep_vars=False), folder, config)
+    checkpoint.load_into(_materialise(network, dtype, weights), folder, config)
     return Model(network, tokenizer, str(path))
 
 
-def _materialise(network: Network, dtype: torch.dtype) -> Network:
-    """Empty memory for every parameter, in `dtype` but for the router."""
+def _materialise(network: Network, dtype: torch.dtype, weights: str | None) -> dict[str, Weight]:
+    """Empty memory for every parameter, by name: float32 for the router, codes where quantised, else `dtype`."""
+    room: dict[str, Weight] = {}
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
-        module = network.get_submodule(name.rpartition(".")[0])
+        path, _, leaf = name.rpartition(".")
+        module = network.get_submodule(path)
+        scale = None
         kind = torch.float32 if ".router." in name else dtype
+        if weights is not None and isinstance(module, Linear | Experts) and module is not network.head:
+            group = WEIGHT_GROUPS[weights] or value.shape[-1]
+            if value.shape[-1] % group:
+                raise ConfigError(
+                    f"{weights} weights need inputs in groups of {group}, but {name} has {value.shape[-1]}: "
+                    "load them as 'int8-channel'"
+                )
+            kind = torch.int8
+            scale = torch.empty((*value.shape[:-1], value.shape[-1] // group), dtype=torch.float32)
+            setattr(module, leaf + "_scale", scale)
         empty = torch.empty(value.shape, dtype=kind)
-        leaf = name.rpartition(".")[2]
         if leaf in module._parameters:
             module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
         else:
             module._buffers[leaf] = empty
-    return network
+        room[name] = joined(empty, scale)
+    return room

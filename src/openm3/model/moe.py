@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from openm3.config import ModelConfig
+from openm3.model.linear import Linear, joined
 from openm3.ops.experts import experts, route, swiglu
+from openm3.ops.linear import Weight
 
 
 class Mlp(nn.Module):
@@ -15,8 +17,8 @@ class Mlp(nn.Module):
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.gate_up = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * width)
+        self.down = Linear(width, config.hidden_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         c = self.config
@@ -35,13 +37,22 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked; gate rows first."""
+    """The routed experts' weights, stacked; gate rows first. They may be quantised, as those of `Linear`."""
+
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = config
         self.gate_up = nn.Parameter(torch.zeros(c.num_experts, 2 * c.expert_size, c.hidden_size))
         self.down = nn.Parameter(torch.zeros(c.num_experts, c.hidden_size, c.expert_size))
+        self.register_buffer("gate_up_scale", None)
+        self.register_buffer("down_scale", None)
+
+    def weights(self) -> tuple[Weight, Weight]:
+        """`gate_up` [E, 2F, D] and `down` [E, D, F]."""
+        return joined(self.gate_up, self.gate_up_scale), joined(self.down, self.down_scale)
 
 
 class Moe(nn.Module):
@@ -57,7 +68,7 @@ class Moe(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         c = self.config
         expert_TA, weight_TA = route(x_TD, self.router.weight, self.router.bias, c.num_active)
-        weights = (self.experts.gate_up, self.experts.down)
+        weights = self.experts.weights()
         routed_TD = experts(x_TD, expert_TA, weight_TA, *weights, alpha=c.swiglu_alpha, limit=c.swiglu_limit)
         shared_TD: Tensor = self.shared(x_TD)
         return routed_TD * c.routed_scale + shared_TD

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from openm3.config import BLOCK, ModelConfig
 from openm3.model.attention import Attention, Norm, Observer
 from openm3.model.batch import Batch
+from openm3.model.linear import Linear
 from openm3.model.moe import Mlp, Moe
 from openm3.ops.cache import Pool
+from openm3.ops.index import new_codes
+from openm3.ops.linear import linear
 from openm3.ops.norm import rms_norm, rotary_table
 
 
@@ -43,7 +46,7 @@ class TiedHead(nn.Module):
         self._shared = (embed,)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return nn.functional.linear(x_TD, self._shared[0].weight)
+        return linear(x_TD, self._shared[0].weight)
 
 
 class Network(nn.Module):
@@ -56,7 +59,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = Norm(config.hidden_size)
         tied = config.tie_embeddings
-        self.head = TiedHead(self.embed) if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = TiedHead(self.embed) if tied else Linear(config.hidden_size, config.vocab_size)
 
     def hidden(self, batch: Batch, pools: Sequence[Pool] | None = None, observer: Observer | None = None) -> Tensor:
         """Final normed states [T, D]. With pools, keys are written to them; without, sequences must be whole."""
@@ -79,5 +82,6 @@ class Network(nn.Module):
         for kind in c.layer_types:
             k_MGBH = torch.zeros((num_pages, c.num_groups, BLOCK, c.head_dim), dtype=dtype)
             index_k_MBJ = torch.zeros((num_pages, BLOCK, c.index_dim), dtype=dtype) if kind == "sparse" else None
-            pools.append(Pool(k_MGBH, torch.zeros_like(k_MGBH), index_k_MBJ))
+            codes = None if index_k_MBJ is None else new_codes(index_k_MBJ)
+            pools.append(Pool(k_MGBH, torch.zeros_like(k_MGBH), index_k_MBJ, codes))
         return pools

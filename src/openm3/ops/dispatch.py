@@ -24,7 +24,7 @@ from openm3.errors import UnsupportedError
 
 _forced: ContextVar[str | None] = ContextVar("openm3_implementation", default=None)
 
-NAMES = ("reference", "blocked", "compiled")
+NAMES = ("reference", "blocked", "native", "compiled")
 """Every implementation name that `use` accepts."""
 
 

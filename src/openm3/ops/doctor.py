@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from openm3.ops import attention, cache, experts, index, norm, sample
+from openm3.ops import attention, cache, experts, index, linear, native, norm, sample
 from openm3.ops.cases import ExpertCase, Packed, PackedCase, Routed, packed, routed
 
 OPERATORS = (
     *norm.OPERATORS,
+    *linear.OPERATORS,
     *index.OPERATORS,
     *attention.OPERATORS,
     *experts.OPERATORS,
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report() -> dict[str, Any]:
-    """Versions, processor and devices, and `operators[operator][implementation][device]`: yes, opt-in, or a reason."""
+    """What the machine has, and `operators[operator][implementation][device]`: yes, opt-in, or a reason."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     calls = {device: typical_calls(torch.device(device), torch.float32) for device in devices}
     operators = {
@@ -57,6 +58,7 @@ def report() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
+        "native": native.described(),
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "operators": operators,
     }
@@ -69,6 +71,7 @@ def render(report: dict[str, Any]) -> str:
         f"Python    {report['python']}, PyTorch {report['torch']}",
         f"platform  {report['platform']}",
         f"CPU       {cpu['features']}, {cpu['threads']} of {cpu['cores']} cores in use",
+        f"native    {report['native']}",
         f"CUDA      {', '.join(report['cuda']) or 'no device'}",
         "",
     ]
@@ -87,14 +90,15 @@ def render(report: dict[str, Any]) -> str:
 
 
 def support_matrix() -> str:
-    """Markdown: the implementations of each operator on the CPU, by dtype. The same on every machine."""
+    """Markdown: each operator's implementations on the CPU, by dtype; on every machine as if native code were there."""
     calls = {dtype: typical_calls(torch.device("cpu"), dtype) for dtype in DTYPES}
     heads = [f"CPU {str(dtype).removeprefix('torch.')}" for dtype in DTYPES]
     lines = [_row("operator", *heads, "opt-in"), _row(*["---"] * (len(heads) + 2))]
     for operator in OPERATORS:
         fixed = [i for i in operator.implementations if not i.opt_in]
         cells = [
-            ", ".join(i.name for i in fixed if i.supports(*call[operator.name]) is None) for call in calls.values()
+            ", ".join(i.name for i in fixed if i.supports(*call[operator.name]) in (None, native.missing()))
+            for call in calls.values()
         ]
         lines.append(_row(operator.name, *cells, ", ".join(i.name for i in operator.implementations if i.opt_in)))
     return "\n".join(lines)
@@ -112,12 +116,15 @@ def typical_calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[A
     keys = (p.q_TNH, p.k_MGBH, p.v_MGBH, *p.where)
     rope = norm.rotary_table(torch.arange(131, device=device), 8, 1e4)
     router_ED = torch.zeros(8, 16, device=device)
+    weight_OD = torch.zeros(1024, 1024, dtype=dtype, device=device)
     new_TGH, slot_T = p.q_TNH[:128, :2], torch.arange(128, device=device)
     logit_RV = torch.zeros(2, 100, dtype=dtype, device=device)
     return {
         "rms_norm": (e.x_TD, e.x_TD[0], 1e-6),
         "norm_rotate": (p.q_TNH, p.q_TNH[0, 0], *rope, 1e-6),
+        "linear": (weight_OD[:1], weight_OD),
         "select_blocks": (p.index_q_TGJ, p.index_k_MBJ, *p.where, 4, 1),
+        "encode_pages": (p.index_k_MBJ, torch.arange(128, device=device), index.empty_codes(p.index_k_MBJ)),
         "block_scores": (p.index_q_TGJ, p.index_k_MBJ, *p.where),
         "sparse_attention": (*keys, p.block_TGK, 0.25),
         "sparse_attention_lse": (*keys, p.block_TGK, 0.25),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from openm3.ops.attention import blocked, compiled, reference
+from openm3.ops.attention import blocked, compiled, native, reference
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import check_batch
 
@@ -33,15 +33,23 @@ def _reference_dense(*args: object) -> Tensor:
 SPARSE = Operator(
     "sparse_attention",
     (
+        Implementation("native", native.supports, native.sparse_attention),
         Implementation("blocked", blocked.supports, blocked.sparse_attention),
         Implementation("reference", always, _reference_sparse),
         Implementation("compiled", compiled.supports, compiled.sparse_attention, opt_in=True),
     ),
 )
-SPARSE_LSE = Operator("sparse_attention_lse", (Implementation("reference", always, reference.sparse_attention),))
+SPARSE_LSE = Operator(
+    "sparse_attention_lse",
+    (
+        Implementation("native", native.supports, native.sparse_attention_lse),
+        Implementation("reference", always, reference.sparse_attention),
+    ),
+)
 DENSE = Operator(
     "dense_attention",
     (
+        Implementation("native", native.supports, native.dense_attention),
         Implementation("blocked", blocked.supports, blocked.dense_attention),
         Implementation("reference", always, _reference_dense),
         Implementation("compiled", compiled.supports, compiled.dense_attention, opt_in=True),

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from openm3.ops.cache import Pool
 
-def write_pages(
-    k_TGH: Tensor, v_TGH: Tensor, index_k_TJ: Tensor | None, pool: Sequence[Tensor | None], slot_T: Tensor
-) -> None:
-    k_MGBH, v_MGBH, index_k_MBJ = pool
-    assert k_MGBH is not None and v_MGBH is not None
-    block = k_MGBH.shape[2]
+
+def write_pages(k_TGH: Tensor, v_TGH: Tensor, index_k_TJ: Tensor | None, pool: Pool, slot_T: Tensor) -> None:
+    block = pool.k_MGBH.shape[2]
     page_T, offset_T = slot_T // block, slot_T % block
-    k_MGBH[page_T, :, offset_T] = k_TGH.to(k_MGBH.dtype)
-    v_MGBH[page_T, :, offset_T] = v_TGH.to(v_MGBH.dtype)
-    if index_k_MBJ is not None and index_k_TJ is not None:
-        index_k_MBJ[page_T, offset_T] = index_k_TJ.to(index_k_MBJ.dtype)
+    pool.k_MGBH[page_T, :, offset_T] = k_TGH.to(pool.k_MGBH.dtype)
+    pool.v_MGBH[page_T, :, offset_T] = v_TGH.to(pool.v_MGBH.dtype)
+    if pool.index_k_MBJ is not None and index_k_TJ is not None:
+        pool.index_k_MBJ[page_T, offset_T] = index_k_TJ.to(pool.index_k_MBJ.dtype)

@@ -5,7 +5,8 @@
 normalised to sum 1. Router maths are in the router's dtype, float32 in every M3 model; the rest is in float32 whatever
 the inputs (float64 for float64), with the result in the dtype of x.
 
-`experts(x_TD, expert_TA, weight_TA, gate_up_E2FD, down_EDF, alpha=, limit=)` returns the weighted sum [T, D].
+`experts(x_TD, expert_TA, weight_TA, gate_up_E2FD, down_EDF, alpha=, limit=)` returns the weighted sum [T, D]. Either
+weight may be a `QuantisedWeight` (ops/linear), which means what `dequantise` makes of it.
 
 `swiglu(gate_up, alpha=, limit=)` is the activation: first half of the last axis the gate, second half up;
 `(clamp(up) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`.
@@ -16,13 +17,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always, compiled
-from openm3.ops.experts import padded, reference
+from openm3.ops.experts import native, padded, reference
+from openm3.ops.linear.quantised import Weight
 
-SWIGLU = Operator("swiglu", (Implementation("reference", always, reference.swiglu), compiled(reference.swiglu)))
-ROUTE = Operator("route", (Implementation("reference", always, reference.route),))
+SWIGLU = Operator(
+    "swiglu",
+    (
+        Implementation("native", native.supports_swiglu, native.swiglu),
+        Implementation("reference", always, reference.swiglu),
+        compiled(reference.swiglu),
+    ),
+)
+ROUTE = Operator(
+    "route",
+    (
+        Implementation("native", native.supports_route, native.route),
+        Implementation("reference", always, reference.route),
+    ),
+)
 EXPERTS = Operator(
     "experts",
     (
+        Implementation("native", native.supports, native.experts),
         Implementation("reference", always, reference.experts),
         Implementation("compiled", padded.supports, padded.experts, opt_in=True),
     ),
@@ -48,8 +64,8 @@ def experts(
     x_TD: Tensor,
     expert_TA: Tensor,
     weight_TA: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
+    gate_up_E2FD: Weight,
+    down_EDF: Weight,
     *,
     alpha: float,
     limit: float,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openm3.ops.linear.quantised import QuantisedWeight, Weight
+
 PAD = 64
 
 
@@ -41,9 +43,11 @@ def experts(
     return (chosen_TAD * weight_TA[..., None]).sum(1).to(x_TD.dtype)
 
 
-def supports(x_TD: Tensor, *_rest: object) -> str | None:
+def supports(x_TD: Tensor, expert_TA: Tensor, weight_TA: Tensor, gate_up_E2FD: Weight, *_rest: object) -> str | None:
     if x_TD.device.type != "cpu":
         return f"needs CPU tensors, not {x_TD.device.type}"
     if x_TD.dtype != torch.float32:
         return f"multiplies in the dtype of x: float32 only, not {str(x_TD.dtype).removeprefix('torch.')}"
+    if isinstance(gate_up_E2FD, QuantisedWeight):
+        return "multiplies weights as they are, not quantised ones"
     return None

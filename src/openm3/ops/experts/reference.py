@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm3.ops.linear.quantised import Weight, at, dequantise
+
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, dim=-1)
@@ -25,8 +27,8 @@ def experts(
     x_TD: Tensor,
     expert_TA: Tensor,
     weight_TA: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
+    gate_up_E2FD: Weight,
+    down_EDF: Weight,
     alpha: float,
     limit: float,
 ) -> Tensor:
@@ -37,7 +39,7 @@ def experts(
     token = order // num_active
     parts = x_TD[token].to(wide).split(counts)
     outs = [
-        F.linear(swiglu(F.linear(part, gate_up_E2FD[e].to(wide)), alpha, limit), down_EDF[e].to(wide))
+        F.linear(swiglu(F.linear(part, _of(e, gate_up_E2FD, wide)), alpha, limit), _of(e, down_EDF, wide))
         for e, part in enumerate(parts)
         if part.shape[0] > 0
     ]
@@ -45,6 +47,10 @@ def experts(
         return torch.zeros_like(x_TD)
     weighted = torch.cat(outs) * weight_TA.reshape(-1)[order][:, None].to(wide)
     return torch.zeros_like(x_TD, dtype=wide).index_add(0, token, weighted).to(x_TD.dtype)
+
+
+def _of(expert: int, weight: Weight, dtype: torch.dtype) -> Tensor:
+    return dequantise(at(weight, expert)).to(dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

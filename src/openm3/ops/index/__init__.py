@@ -11,6 +11,9 @@
   equal scores by smaller block. Fewer than K visible: all of them.
 - The result (int32) holds logical blocks, ascending, -1 at the tail.
 
+`encode_pages(index_k_MBJ, slot_T, codes)` keeps `IndexCodes` true to slots just written. A selection that is given them
+scans a byte a number instead of two or four; what it selects does not depend on them.
+
 `block_scores(...) -> score_TGP` is the same score, materialised, for tools and tests (-inf where nothing is visible).
 
 Source: MiniMax Sparse Attention, equations 6 and 7; the order among equals is ours.
@@ -18,21 +21,45 @@ Source: MiniMax Sparse Attention, equations 6 and 7; the order among equals is o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always
-from openm3.ops.index import blocked, reference
+from openm3.ops.index import blocked, native, reference
+from openm3.ops.native import missing
+
+
+class IndexCodes(NamedTuple):
+    """Index keys in one byte a number, and how far off that is at most, page by page.
+
+    `code_MC` (uint8) holds M pages in tiles of 16 keys x 4 numbers, biased by 128; `bound_M3` (float32) the page's
+    scale, the largest norm of what its codes lose, and the largest norm of its coded keys. An infinite bound says that
+    nothing is known.
+    """
+
+    code_MC: Tensor
+    bound_M3: Tensor
+
 
 SELECT_BLOCKS = Operator(
     "select_blocks",
     (
+        Implementation("native", native.supports, native.select_blocks),
         Implementation("blocked", blocked.supports, blocked.select_blocks),
         Implementation("reference", always, reference.select_blocks),
     ),
 )
 BLOCK_SCORES = Operator("block_scores", (Implementation("reference", always, reference.block_scores),))
-OPERATORS = (SELECT_BLOCKS, BLOCK_SCORES)
+ENCODE_PAGES = Operator(
+    "encode_pages",
+    (
+        Implementation("native", native.supports_encoding, native.encode_pages),
+        Implementation("reference", always, reference.encode_pages),
+    ),
+)
+OPERATORS = (SELECT_BLOCKS, BLOCK_SCORES, ENCODE_PAGES)
 
 
 def select_blocks(
@@ -44,6 +71,7 @@ def select_blocks(
     *,
     num_selected: int = 16,
     num_local: int = 1,
+    codes: IndexCodes | None = None,
 ) -> Tensor:
     """The K blocks each token and group attends to: `block_TGK`, int32, ascending, -1 at the tail."""
     _check(index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R)
@@ -51,9 +79,34 @@ def select_blocks(
         raise ValueError(f"num_local must be between 1 and num_selected {num_selected}, not {num_local}")
     with torch.no_grad():
         block_TGK: Tensor = SELECT_BLOCKS(
-            index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R, num_selected, num_local
+            index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R, num_selected, num_local, codes
         )
     return block_TGK
+
+
+def new_codes(index_k_MBJ: Tensor) -> IndexCodes | None:
+    """Codes of a fresh pool, None where nothing would scan them. Whoever writes pages keeps them true."""
+    codes = empty_codes(index_k_MBJ)
+    slot_T = torch.zeros(0, dtype=torch.long)
+    return codes if native.supports_encoding(index_k_MBJ, slot_T, codes) is None else None
+
+
+def empty_codes(index_k_MBJ: Tensor) -> IndexCodes:
+    """Codes that know nothing of these pages yet."""
+    pages, block_size, width = index_k_MBJ.shape
+    shape, device = (pages, block_size * -(-width // 4) * 4), index_k_MBJ.device
+    unknown = torch.tensor([0.0, torch.inf, 0.0], device=device)
+    return IndexCodes(torch.full(shape, 128, dtype=torch.uint8, device=device), unknown.repeat(pages, 1))
+
+
+def code_bytes(block_size: int, width: int) -> int:
+    """What the codes of one page take, 0 where there are none."""
+    return 0 if missing() is not None else block_size * -(-width // 4) * 4 + 12
+
+
+def encode_pages(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> None:
+    """Bring the codes up to what the pages that hold these slots (`page * block size + offset`) hold now, in place."""
+    ENCODE_PAGES(index_k_MBJ, slot_T, codes)
 
 
 def block_scores(

@@ -6,8 +6,13 @@ tie with it are taken from the smallest on.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from openm3.ops.index import IndexCodes
 
 TILE_TOKENS = 256
 TILE_SCORES = 1 << 20
@@ -22,6 +27,7 @@ def select_blocks(
     length_R: Tensor,
     num_selected: int,
     num_local: int,
+    codes: IndexCodes | None = None,
 ) -> Tensor:
     block_size = index_k_MBJ.shape[1]
     block_TGK = index_q_TGJ.new_full((*index_q_TGJ.shape[:2], num_selected), -1, dtype=torch.int32)
@@ -106,6 +112,7 @@ def supports(
     length_R: Tensor,
     num_selected: int,
     num_local: int,
+    codes: IndexCodes | None = None,
 ) -> str | None:
     if index_q_TGJ.device.type != "cpu":
         return f"needs CPU tensors, not {index_q_TGJ.device.type}"

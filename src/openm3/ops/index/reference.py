@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from openm3.ops.index import IndexCodes
 
 SCORES_AT_ONCE = 1 << 24
 """Token scores held at a time, so that no [T, G, S] exists at length."""
@@ -29,6 +33,7 @@ def select_blocks(
     length_R: Tensor,
     num_selected: int,
     num_local: int,
+    codes: IndexCodes | None = None,
 ) -> Tensor:
     block_size = index_k_MBJ.shape[1]
     block_TGK = index_q_TGJ.new_full((*index_q_TGJ.shape[:2], num_selected), -1, dtype=torch.int32)
@@ -77,3 +82,8 @@ def _chunks(
             score_tGS = score_tGS.masked_fill(score_tGS.isnan(), -torch.inf)
             score_tGS = score_tGS.masked_fill((slot_S > position_t[:, None])[:, None], -torch.inf)
             yield tokens, score_tGS.unflatten(-1, (num_blocks, block_size)).amax(-1)
+
+
+def encode_pages(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> None:
+    """Nothing is known of the pages: infinite bounds, so that whoever scans codes looks at every key itself."""
+    codes.bound_M3[slot_T.long() // index_k_MBJ.shape[1]] = torch.tensor([0.0, torch.inf, 0.0])

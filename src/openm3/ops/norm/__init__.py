@@ -15,11 +15,23 @@ import torch
 from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always, compiled
-from openm3.ops.norm import reference
+from openm3.ops.norm import native, reference
 
-RMS_NORM = Operator("rms_norm", (Implementation("reference", always, reference.rms_norm), compiled(reference.rms_norm)))
+RMS_NORM = Operator(
+    "rms_norm",
+    (
+        Implementation("native", native.supports_rms_norm, native.rms_norm),
+        Implementation("reference", always, reference.rms_norm),
+        compiled(reference.rms_norm),
+    ),
+)
 NORM_ROTATE = Operator(
-    "norm_rotate", (Implementation("reference", always, reference.norm_rotate), compiled(reference.norm_rotate))
+    "norm_rotate",
+    (
+        Implementation("native", native.supports_norm_rotate, native.norm_rotate),
+        Implementation("reference", always, reference.norm_rotate),
+        compiled(reference.norm_rotate),
+    ),
 )
 OPERATORS = (RMS_NORM, NORM_ROTATE)
 

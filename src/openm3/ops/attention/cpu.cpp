@@ -1,0 +1,484 @@
+// Attention over selected blocks, and over all of them: tiles of neighbouring tokens walk the union of their blocks.
+//
+// The lanes of a vector are query rows: the heads of a group, of as many tokens as fit. So keys and values are read as
+// they lie, one number broadcast at a time, no product needs a transposed copy, and the softmax runs down the keys in
+// every lane at once. A tile's accumulators stay in the second-level cache while its blocks pass by; only the rows that
+// chose a block meet it.
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "native/simd.h"
+#include "native/tensors.h"
+
+namespace openm3 {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int ROWS = 8, MAX_TOGETHER = 3;
+#else
+constexpr int ROWS = 4, MAX_TOGETHER = 2;
+#endif
+// Keys, or channels, multiplied together with R vectors: as many as keep the multipliers busy.
+constexpr int rows_with(int r) { return r == 1 ? 2 * ROWS : ROWS; }
+// What a tile's queries and accumulators may take of the second-level cache.
+constexpr std::int64_t TILE_BYTES = 1 << 20;
+constexpr int MAX_TILE_TOKENS = 256;
+
+struct Pool {
+    const void* data;
+    std::int64_t stride_m, stride_g, stride_b;
+
+    template <class T>
+    const T* block(std::int64_t page, int group) const {
+        return static_cast<const T*>(data) + page * stride_m + group * stride_g;
+    }
+};
+
+struct Call {
+    const Batch& batch;
+    Pool k, v;
+    const void* q;
+    std::int64_t stride_t, stride_n;
+    // Null in dense layers.
+    const std::int32_t* chosen;
+    int num_chosen;
+    int heads, groups, block, width;
+    float scale;
+    void* out;
+    // Null if nobody asked.
+    float* lse;
+    int threads;
+
+    int heads_per_group() const { return heads / groups; }
+};
+
+// How query rows of one group lie in vectors: `tokens` of them to a vector, or `vectors` to a token.
+struct Packing {
+    int tokens, vectors, heads;
+
+    explicit Packing(int heads_per_group)
+        : tokens(std::max(1, LANES / heads_per_group)), vectors((heads_per_group + LANES - 1) / LANES), heads(heads_per_group) {}
+    int count(int num_tokens) const { return (num_tokens + tokens - 1) / tokens * vectors; }
+    // The first token of vector v, and its first head.
+    int token(int v) const { return v / vectors * tokens; }
+    int head(int v) const { return v % vectors * LANES; }
+};
+
+// Some tokens of one request, one group, and which part of their blocks: what one thread does at a time.
+struct Task {
+    int request, group, tokens, part, parts;
+    std::int64_t first;
+    // Where the partial results go if there are several parts.
+    std::int64_t partial;
+};
+
+// One block and a vector with rows that read it: bit i for the vector's i-th token.
+struct Member {
+    std::int32_t block, vector;
+    std::uint32_t tokens;
+};
+
+class Scratch {
+public:
+    float* take(std::size_t count) {
+        const std::size_t at = used_;
+        used_ += (count + 15) / 16 * 16;
+        if (used_ > size_) throw std::bad_alloc();
+        return data_.get() + at;
+    }
+    void reserve(std::size_t count) {
+        used_ = 0;
+        if (count <= size_) return;
+        data_.reset(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64)));
+        if (!data_) throw std::bad_alloc();
+        size_ = count;
+    }
+
+private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> data_;
+    std::size_t size_ = 0, used_ = 0;
+};
+
+// ---- products
+
+// score[r][key][lane] = scale * sum over h of key[h] * query[r][h][lane], for N keys and R vectors.
+template <int N, int R>
+inline void key_products(const float* key, std::int64_t stride, float* const* query, int width, float scale, float* const* score) {
+    vfloat total[N][R] = {};
+    for (int h = 0; h < width; h++) {
+        vfloat q[R];
+        for (int r = 0; r < R; r++) q[r] = load(query[r] + h * LANES);
+        for (int i = 0; i < N; i++) {
+            const vfloat k = splat(key[i * stride + h]);
+            for (int r = 0; r < R; r++) total[i][r] += k * q[r];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) store(score[r] + i * LANES, total[i][r] * scale);
+}
+
+// out[r][i][lane] = out * share[r] + sum over keys of value[key][i] * weight[r][key][lane], for N of the width.
+template <int N, int R>
+inline void value_products(const float* value, std::int64_t stride, float* const* weight, int keys, const vfloat* share, float* const* out) {
+    vfloat total[N][R] = {};
+    for (int s = 0; s < keys; s++) {
+        vfloat p[R];
+        for (int r = 0; r < R; r++) p[r] = load(weight[r] + s * LANES);
+        for (int i = 0; i < N; i++) {
+            const vfloat v = splat(value[s * stride + i]);
+            for (int r = 0; r < R; r++) total[i][r] += v * p[r];
+        }
+    }
+    for (int i = 0; i < N; i++)
+        for (int r = 0; r < R; r++) store(out[r] + i * LANES, load(out[r] + i * LANES) * share[r] + total[i][r]);
+}
+
+// ---- one tile
+
+template <class T, class Q>
+class Tile {
+public:
+    Tile(const Call& call, const Task& task, const Packing& packing, Scratch& scratch)
+        : call_(call), task_(task), packing_(packing), vectors_(packing.count(task.tokens)) {
+        const std::size_t rows = std::size_t(vectors_) * LANES, area = std::size_t(call.block) * call.width;
+        scratch.reserve(2 * rows * call.width + 2 * rows + MAX_TOGETHER * std::size_t(call.block) * LANES + 2 * area + 256);
+        query_ = scratch.take(rows * call.width), out_ = scratch.take(rows * call.width);
+        top_ = scratch.take(rows), sum_ = scratch.take(rows);
+        for (int r = 0; r < MAX_TOGETHER; r++) score_[r] = scratch.take(std::size_t(call.block) * LANES);
+        key_ = scratch.take(area), value_ = scratch.take(area);
+    }
+
+    void run() {
+        read_queries();
+        std::fill_n(out_, std::size_t(vectors_) * LANES * call_.width, 0.0f);
+        std::fill_n(top_, vectors_ * LANES, -INF);
+        std::fill_n(sum_, vectors_ * LANES, 0.0f);
+        if (call_.chosen) walk_chosen();
+        else walk_all();
+    }
+
+    // Write the finished rows.
+    void finish() const {
+        for_rows([&](int lane_row, std::int64_t token, int head) {
+            const float total = sum_[lane_row], share = total > 0.0f || total != total ? 1.0f / total : 0.0f;
+            const float* from = out_ + std::int64_t(lane_row / LANES) * LANES * call_.width + lane_row % LANES;
+            Q* to = static_cast<Q*>(call_.out) + (token * call_.heads + head) * call_.width;
+            for (int h = 0; h < call_.width; h++) to[h] = from_float<Q>(from[h * LANES] * share);
+            if (call_.lse) call_.lse[token * call_.heads + head] = top_[lane_row] + std::log(total);
+        });
+    }
+
+    // Partial results, to be merged: accumulators, then tops, then sums.
+    void keep(float* to) const {
+        const std::size_t rows = std::size_t(vectors_) * LANES;
+        std::copy_n(out_, rows * call_.width, to);
+        std::copy_n(top_, rows, to + rows * call_.width);
+        std::copy_n(sum_, rows, to + rows * (call_.width + 1));
+    }
+
+    void merge(const float* parts, int count, std::size_t stride) {
+        const std::size_t rows = std::size_t(vectors_) * LANES, width = call_.width;
+        std::fill_n(out_, rows * width, 0.0f);
+        for (std::size_t v = 0; v < rows; v += LANES) {
+            vfloat top = splat(-INF), total{};
+            for (int p = 0; p < count; p++) top = max(load(parts + p * stride + rows * width + v), top);
+            const vfloat base = top == -INF ? splat(0.0f) : top;
+            for (int p = 0; p < count; p++) {
+                const float* part = parts + p * stride;
+                const vfloat share = exp(load(part + rows * width + v) - base);
+                total += load(part + rows * (width + 1) + v) * share;
+                for (std::size_t h = 0; h < width; h++)
+                    store(out_ + v * width + h * LANES, load(out_ + v * width + h * LANES) + load(part + v * width + h * LANES) * share);
+            }
+            store(top_ + v, top), store(sum_ + v, total);
+        }
+    }
+
+    static std::size_t partial_floats(const Call& call, const Packing& packing, int tokens) {
+        return std::size_t(packing.count(tokens)) * LANES * (call.width + 2);
+    }
+
+private:
+    template <class F>
+    void for_rows(F&& f) const {
+        for (int v = 0; v < vectors_; v++)
+            for (int i = 0; i < packing_.tokens && packing_.token(v) + i < task_.tokens; i++)
+                for (int n = 0; n < LANES && packing_.head(v) + n < packing_.heads; n++)
+                    f(v * LANES + i * packing_.heads + n, task_.first + packing_.token(v) + i,
+                      task_.group * packing_.heads + packing_.head(v) + n);
+    }
+
+    void read_queries() {
+        if (packing_.tokens * packing_.heads % LANES || task_.tokens % packing_.tokens)
+            std::fill_n(query_, std::size_t(vectors_) * LANES * call_.width, 0.0f);
+        for_rows([&](int lane_row, std::int64_t token, int head) {
+            const Q* from = static_cast<const Q*>(call_.q) + token * call_.stride_t + head * call_.stride_n;
+            float* to = query_ + std::int64_t(lane_row / LANES) * LANES * call_.width + lane_row % LANES;
+            for (int h = 0; h < call_.width; h++) to[h * LANES] = to_float(from[h]);
+        });
+    }
+
+    std::int64_t position(int token) const { return call_.batch.position(task_.request, task_.first + token); }
+
+    void walk_chosen() {
+        std::vector<Member> members;
+        members.reserve(std::size_t(task_.tokens) * call_.num_chosen * packing_.vectors);
+        for (int t = 0; t < task_.tokens; t++) {
+            const std::int32_t* chosen = call_.chosen + ((task_.first + t) * call_.groups + task_.group) * call_.num_chosen;
+            const std::int64_t own = position(t) / call_.block;
+            for (int k = 0; k < call_.num_chosen; k++)
+                if (chosen[k] >= 0 && chosen[k] <= own)
+                    for (int v = 0; v < packing_.vectors; v++)
+                        members.push_back({chosen[k], t / packing_.tokens * packing_.vectors + v, 1u << t % packing_.tokens});
+        }
+        std::sort(members.begin(), members.end(), [](const Member& a, const Member& b) {
+            return a.block < b.block || (a.block == b.block && a.vector < b.vector);
+        });
+        std::size_t kept = 0;
+        for (const Member& m : members) {
+            if (kept && members[kept - 1].block == m.block && members[kept - 1].vector == m.vector) members[kept - 1].tokens |= m.tokens;
+            else members[kept++] = m;
+        }
+        members.resize(kept);
+        std::vector<std::size_t> begins;
+        for (std::size_t i = 0; i < kept; i++)
+            if (i == 0 || members[i].block != members[i - 1].block) begins.push_back(i);
+        begins.push_back(kept);
+        const std::size_t blocks = begins.size() - 1;
+        for (std::size_t b = blocks * task_.part / task_.parts; b < blocks * (task_.part + 1) / task_.parts; b++)
+            attend(&members[begins[b]], int(begins[b + 1] - begins[b]));
+    }
+
+    void walk_all() {
+        const std::int64_t blocks = position(task_.tokens - 1) / call_.block + 1;
+        std::vector<Member> members(vectors_);
+        for (std::int64_t b = blocks * task_.part / task_.parts; b < blocks * (task_.part + 1) / task_.parts; b++) {
+            for (int v = 0; v < vectors_; v++) members[v] = {std::int32_t(b), v, ~0u};
+            attend(members.data(), vectors_);
+        }
+    }
+
+    // Rows as floats, converted if they are not.
+    std::pair<const float*, std::int64_t> rows(const Pool& pool, std::int64_t page, float* wide) {
+        const T* from = pool.block<T>(page, task_.group);
+        if constexpr (std::is_same_v<T, float>) return {from, pool.stride_b};
+        for (int s = 0; s < call_.block; s++) {
+            const T* row = from + s * pool.stride_b;
+            float* to = wide + std::int64_t(s) * call_.width;
+            int h = 0;
+            for (; h + LANES <= call_.width; h += LANES) store(to + h, load(row + h));
+            for (; h < call_.width; h++) to[h] = to_float(row[h]);
+        }
+        return {wide, call_.width};
+    }
+
+    // One block meets the vectors that have rows reading it.
+    void attend(const Member* members, int count) {
+        const std::int64_t page = call_.batch.pages(task_.request)[members[0].block];
+        const auto [key, key_stride] = rows(call_.k, page, key_);
+        const auto [value, value_stride] = rows(call_.v, page, value_);
+        int i = 0;
+        for (; i + MAX_TOGETHER <= count; i += MAX_TOGETHER) attend<MAX_TOGETHER>(members + i, key, key_stride, value, value_stride);
+        if constexpr (MAX_TOGETHER == 3)
+            if (i + 2 <= count) attend<2>(members + i, key, key_stride, value, value_stride), i += 2;
+        for (; i < count; i++) attend<1>(members + i, key, key_stride, value, value_stride);
+    }
+
+    template <int R>
+    void attend(const Member* members, const float* key, std::int64_t key_stride, const float* value, std::int64_t value_stride) {
+        constexpr int N = rows_with(R);
+        float *query[R], *out[R];
+        vint seen[R];
+        int keys = 0;
+        for (int r = 0; r < R; r++) {
+            const std::int64_t at = std::int64_t(members[r].vector) * LANES;
+            query[r] = query_ + at * call_.width, out[r] = out_ + at * call_.width;
+            seen[r] = visible(members[r], keys);
+        }
+        if (keys == 0) return;
+        float* score[R];
+        int s = 0;
+        for (; s < keys && s + N <= call_.block; s += N) {
+            for (int r = 0; r < R; r++) score[r] = score_[r] + s * LANES;
+            key_products<N, R>(key + s * key_stride, key_stride, query, call_.width, call_.scale, score);
+        }
+        for (; s < keys; s++) {
+            for (int r = 0; r < R; r++) score[r] = score_[r] + s * LANES;
+            key_products<1, R>(key + s * key_stride, key_stride, query, call_.width, call_.scale, score);
+        }
+        vfloat share[R];
+        for (int r = 0; r < R; r++) share[r] = softmax(score_[r], keys, seen[r], members[r].vector);
+        int h = 0;
+        for (; h + N <= call_.width; h += N) {
+            value_products<N, R>(value + h, value_stride, score_, keys, share, out);
+            for (int r = 0; r < R; r++) out[r] += N * LANES;
+        }
+        for (; h < call_.width; h++) {
+            value_products<1, R>(value + h, value_stride, score_, keys, share, out);
+            for (int r = 0; r < R; r++) out[r] += LANES;
+        }
+    }
+
+    // How many of the block's keys each row sees; `keys` becomes the most that any does.
+    vint visible(const Member& m, int& keys) const {
+        vint seen{};
+        for (int i = 0; i < packing_.tokens && packing_.token(m.vector) + i < task_.tokens; i++) {
+            if (!(m.tokens >> i & 1)) continue;
+            const std::int64_t last = position(packing_.token(m.vector) + i) - std::int64_t(m.block) * call_.block;
+            const int count = int(std::clamp<std::int64_t>(last + 1, 0, call_.block));
+            keys = std::max(keys, count);
+            const int lanes = std::min(packing_.heads, LANES);
+            for (int n = 0; n < lanes; n++) seen[i * packing_.heads % LANES + n] = count;
+        }
+        return seen;
+    }
+
+    // Scores become weights, in place; returns what earlier sums are to be multiplied with.
+    vfloat softmax(float* score, int keys, vint seen, int vector) {
+        vfloat top = load(top_ + vector * LANES);
+        const vfloat before = top;
+        const bool masked = bits(seen < keys) != 0;
+        for (int s = 0; s < keys; s++) {
+            vfloat x = load(score + s * LANES);
+            if (masked) store(score + s * LANES, x = splat(s) < seen ? x : splat(-INF));
+            top = max(x, top);
+        }
+        const vfloat base = top == -INF ? splat(0.0f) : top;
+        vfloat total{};
+        for (int s = 0; s < keys; s++) {
+            const vfloat p = exp(load(score + s * LANES) - base);
+            store(score + s * LANES, p);
+            total += p;
+        }
+        const vfloat share = exp(before - base);
+        store(top_ + vector * LANES, top);
+        store(sum_ + vector * LANES, load(sum_ + vector * LANES) * share + total);
+        return share;
+    }
+
+    const Call& call_;
+    const Task& task_;
+    const Packing& packing_;
+    int vectors_;
+    float *query_, *out_, *top_, *sum_, *key_, *value_;
+    float* score_[MAX_TOGETHER];
+};
+
+// The work of a step. How a request is cut depends on nothing but itself and the threads, so that its results are the same
+// to the last bit whatever else is in the batch. A request of few tasks is cut into parts of its blocks as well.
+std::vector<Task> tasks_of(const Call& call, const Packing& packing, std::size_t& partial_floats) {
+    const std::int64_t row_bytes = std::int64_t(2) * call.width * 4 * LANES * packing.vectors / packing.tokens;
+    const std::int64_t fit = std::clamp<std::int64_t>(TILE_BYTES / std::max<std::int64_t>(1, row_bytes), 1, MAX_TILE_TOKENS);
+    const int wanted = call.threads == 1 ? 1 : 2 * call.threads;
+    std::vector<Task> tasks;
+    for (int r = 0; r < call.batch.requests; r++) {
+        const std::int64_t count = call.batch.count(r), end = call.batch.start[r + 1];
+        if (count == 0) continue;
+        std::int64_t step = std::min(fit, std::max<std::int64_t>(16, count * call.groups / wanted));
+        step = std::max<std::int64_t>(packing.tokens, step / packing.tokens * packing.tokens);
+        const int own = int((count + step - 1) / step) * call.groups, parts = own >= wanted ? 1 : (wanted + own - 1) / own;
+        for (std::int64_t first = call.batch.start[r]; first < end; first += step)
+            for (int g = 0; g < call.groups; g++)
+                for (int p = 0; p < parts; p++) {
+                    const int tokens = int(std::min(step, end - first));
+                    tasks.push_back({r, g, tokens, p, parts, first, std::int64_t(partial_floats)});
+                    if (parts > 1) partial_floats += Tile<float, float>::partial_floats(call, packing, tokens);
+                }
+    }
+    return tasks;
+}
+
+template <class T, class Q>
+void attention(const Call& call) {
+    const Packing packing(call.heads_per_group());
+    std::size_t partial_floats = 0;
+    const std::vector<Task> tasks = tasks_of(call, packing, partial_floats);
+    std::vector<float> partial(partial_floats);
+    const std::int64_t count = std::int64_t(tasks.size());
+#pragma omp parallel num_threads(call.threads)
+    {
+        thread_local Scratch scratch;
+#pragma omp for schedule(dynamic)
+        for (std::int64_t i = 0; i < count; i++) {
+            Tile<T, Q> tile(call, tasks[i], packing, scratch);
+            tile.run();
+            if (tasks[i].parts == 1) tile.finish();
+            else tile.keep(&partial[tasks[i].partial]);
+        }
+#pragma omp for schedule(dynamic)
+        for (std::int64_t i = 0; i < count; i++) {
+            const Task& task = tasks[i];
+            if (task.parts == 1 || task.part != 0) continue;
+            Tile<T, Q> tile(call, task, packing, scratch);
+            tile.merge(&partial[task.partial], task.parts, Tile<T, Q>::partial_floats(call, packing, task.tokens));
+            tile.finish();
+        }
+    }
+}
+
+// ---- Python
+
+Pool pool_of(const Tensor& x, const char* name) {
+    expect(x, name, 4);
+    return {x.data(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+void check_chosen(const std::int32_t* chosen, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i++)
+        if (chosen[i] < -1) throw std::invalid_argument("block ids must be -1 or more, not " + std::to_string(chosen[i]));
+}
+
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& page, const Tensor& start, const Tensor& length,
+            std::optional<Tensor> chosen, float scale, const Tensor& out, std::optional<Tensor> lse, int threads) {
+    expect(q, "q_TNH", 3);
+    expect_dense(out, "out_TNH", 3);
+    const Pool keys = pool_of(k, "k_MGBH"), values = pool_of(v, "v_MGBH");
+    const std::int64_t tokens = std::int64_t(q.shape(0));
+    for (int i = 0; i < 4; i++)
+        if (k.shape(i) != v.shape(i)) throw std::invalid_argument("k and v differ in shape");
+    if (q.shape(2) != k.shape(3) || k.shape(1) == 0 || q.shape(1) % k.shape(1) || q.shape(1) == 0)
+        throw std::invalid_argument("q_TNH must be [T, N, H] with N a multiple of the groups of k");
+    for (int i = 0; i < 3; i++)
+        if (out.shape(i) != q.shape(i)) throw std::invalid_argument("out_TNH must be of the shape of q");
+    const Batch batch = batch_of(page, start, length, tokens, std::int64_t(k.shape(0)), int(k.shape(2)));
+    Call call{batch, keys, values, q.data(), q.stride(0), q.stride(1), nullptr, 0, int(q.shape(1)), int(k.shape(1)),
+              int(k.shape(2)), int(k.shape(3)), scale, out.data(), nullptr, threads};
+    if (chosen) {
+        expect_dense(*chosen, "block_TGK", 3);
+        if (std::int64_t(chosen->shape(0)) != tokens || chosen->shape(1) != k.shape(1))
+            throw std::invalid_argument("block_TGK must be [T, G, K]");
+        call.chosen = data_of<const std::int32_t>(*chosen, "block_TGK");
+        call.num_chosen = int(chosen->shape(2));
+        check_chosen(call.chosen, std::int64_t(chosen->size()));
+    }
+    if (lse) {
+        expect_dense(*lse, "lse_TN", 2);
+        if (std::int64_t(lse->shape(0)) != tokens || lse->shape(1) != q.shape(1)) throw std::invalid_argument("lse_TN must be [T, N]");
+        call.lse = data_of<float>(*lse, "lse_TN");
+    }
+    const bool wide = is_float32(q), wide_cache = is_float32(k);
+    if ((!wide && !is_bfloat16(q)) || (!wide_cache && !is_bfloat16(k)) || k.dtype() != v.dtype() || out.dtype() != q.dtype())
+        throw std::invalid_argument("q, k and v must be float32 or bfloat16, out as q, v as k");
+    nb::gil_scoped_release released;
+    if (wide && wide_cache) attention<float, float>(call);
+    else if (wide) attention<bfloat16, float>(call);
+    else if (wide_cache) attention<float, bfloat16>(call);
+    else attention<bfloat16, bfloat16>(call);
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+    m.def("attention", &attend, nb::arg("q_TNH"), nb::arg("k_MGBH"), nb::arg("v_MGBH"), nb::arg("page_RP"), nb::arg("start_R1"),
+          nb::arg("length_R"), nb::arg("block_TGK").none(), nb::arg("scale"), nb::arg("out_TNH"), nb::arg("lse_TN").none(),
+          nb::arg("threads"), "Fill out_TNH, and lse_TN if given; every visible block where block_TGK is None.");
+}
+
+}  // namespace openm3

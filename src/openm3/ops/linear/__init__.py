@@ -1,0 +1,37 @@
+"""Linear layers: `linear(x, weight)` gives `x @ weight^T`, where x is [..., D] and the weight [O, D].
+
+The weight is float, or a `QuantisedWeight`: int8 codes of shape [O, D] and float32 scales [O, G], where weight
+[o, d] is code[o, d] * scale[o, d * G // D]. Products are summed in float32 whatever the inputs (float64 for float64;
+PyTorch's own bfloat16 product where both are bfloat16), with the result in the dtype of x.
+
+`quantise(weight, group)` makes such a weight, `dequantise(weight)` is its meaning in float32.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from openm3.ops.dispatch import Implementation, Operator, always
+from openm3.ops.linear import blocked, native, reference
+from openm3.ops.linear.quantised import QuantisedWeight as QuantisedWeight
+from openm3.ops.linear.quantised import Weight as Weight
+from openm3.ops.linear.quantised import dequantise as dequantise
+from openm3.ops.linear.quantised import quantise as quantise
+
+LINEAR = Operator(
+    "linear",
+    (
+        Implementation("native", native.supports, native.linear),
+        Implementation("blocked", blocked.supports, blocked.linear),
+        Implementation("reference", always, reference.linear),
+    ),
+)
+OPERATORS = (LINEAR,)
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """`x @ weight^T`: [..., D] times [O, D] gives [..., O]."""
+    if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} must be [..., D] and [O, D]")
+    out: Tensor = LINEAR(x, weight)
+    return out

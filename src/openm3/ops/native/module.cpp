@@ -1,0 +1,50 @@
+// The native operators as a Python module, compiled once for each instruction-set level.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <vector>
+
+#include "simd.h"
+
+namespace nb = nanobind;
+
+namespace openm3 {
+
+void bind_index(nb::module_&);
+void bind_attention(nb::module_&);
+void bind_linear(nb::module_&);
+void bind_norm(nb::module_&);
+void bind_cache(nb::module_&);
+void bind_experts(nb::module_&);
+
+// Names of the levels that this processor can run, best first.
+static std::vector<std::string> levels() {
+    std::vector<std::string> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        found.push_back("avx512_vnni");
+    if (avx512) found.push_back("avx512");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
+#endif
+    found.push_back("portable");
+    return found;
+}
+
+}  // namespace openm3
+
+NB_MODULE(OPENM3_MODULE, m) {
+    m.doc() = "Native operators of openm3 for one instruction-set level.";
+    m.attr("lanes") = openm3::LANES;
+    m.def("levels", &openm3::levels, "Names of the levels that this processor can run, best first.");
+    openm3::bind_index(m);
+    openm3::bind_attention(m);
+    openm3::bind_linear(m);
+    openm3::bind_norm(m);
+    openm3::bind_cache(m);
+    openm3::bind_experts(m);
+}

@@ -1,0 +1,143 @@
+// Vectors of the instruction set this file is compiled for, on the compiler's own vector types.
+//
+// The whole module is compiled once for each level (portable, AVX2, AVX-512, AVX-512 with VNNI and BF16), so kernels say
+// what they compute once and only this header knows what a level has.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace openm3 {
+
+#if defined(__AVX512F__)
+inline constexpr int LANES = 16;
+inline constexpr int REGISTERS = 32;
+#elif defined(__AVX2__)
+inline constexpr int LANES = 8;
+inline constexpr int REGISTERS = 16;
+#else
+inline constexpr int LANES = 4;
+inline constexpr int REGISTERS = 16;
+#endif
+
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef std::int32_t vint __attribute__((vector_size(LANES * 4)));
+
+inline constexpr float INF = std::numeric_limits<float>::infinity();
+
+struct bfloat16 {
+    std::uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) { return std::bit_cast<float>(std::uint32_t(x.bits) << 16); }
+
+inline bfloat16 to_bfloat16(float x) {
+    auto bits = std::bit_cast<std::uint32_t>(x);
+    if (x != x) return {std::uint16_t((bits >> 16) | 0x40)};
+    return {std::uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+inline T from_float(float x) {
+    if constexpr (std::is_same_v<T, float>) return x;
+    else return to_bfloat16(x);
+}
+
+inline vfloat splat(float x) { return vfloat{} + x; }
+inline vint splat(std::int32_t x) { return vint{} + x; }
+
+inline vfloat load(const float* p) {
+    vfloat x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline vfloat load(const bfloat16* p) {
+#if defined(__AVX512F__)
+    auto half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+    auto half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+    vint x;
+    for (int i = 0; i < LANES; i++) x[i] = std::int32_t(std::uint32_t(p[i].bits) << 16);
+    return (vfloat)x;
+#endif
+}
+
+inline void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+
+inline void store(bfloat16* p, vfloat x) {
+    for (int i = 0; i < LANES; i++) p[i] = to_bfloat16(x[i]);
+}
+
+inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vint max(vint a, vint b) { return a > b ? a : b; }
+
+inline float sum(vfloat x) {
+    float total[LANES];
+    store(total, x);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) total[i] += total[i + width];
+    return total[0];
+}
+
+inline std::int32_t max(vint x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
+    std::int32_t best = x[0];
+    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
+    return best;
+#endif
+}
+
+inline float max(vfloat x) {
+    float best = x[0];
+    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+// Bit i of the result: lane i of a comparison is true.
+inline unsigned bits(vint mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+    return unsigned(_mm256_movemask_ps((__m256)mask));
+#else
+    unsigned found = 0;
+    for (int i = 0; i < LANES; i++) found |= unsigned(mask[i] & 1) << i;
+    return found;
+#endif
+}
+
+// e^x within 1 ulp for x in [-87.3, 88]; 0 below, infinity above, NaN for NaN.
+inline vfloat exp(vfloat x) {
+    // Adding 1.5 * 2^23 rounds to whole numbers.
+    const vfloat n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    const vfloat r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    vfloat p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const vint shift = __builtin_convertvector(n, vint) << 23;
+    const vfloat y = (vfloat)((vint)p + shift);
+    const vfloat low = x < -87.3f ? splat(0.0f) : y;
+    const vfloat both = x > 88.0f ? splat(INF) : low;
+    return x == x ? both : x;
+}
+
+}  // namespace openm3

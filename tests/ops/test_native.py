@@ -1,0 +1,87 @@
+"""Finding the native operators: levels, reasons when they are missing, and nothing read outside its tensors."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openm3.ops import native
+from openm3.ops.attention import dense_attention, sparse_attention
+from openm3.ops.cases import PackedCase, packed
+from openm3.ops.index import select_blocks
+
+needs_native = pytest.mark.skipif(native.missing() is not None, reason="needs the native operators")
+
+
+def in_a_new_process(level: str, code: str) -> str:
+    script = f"from openm3.ops import native\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"OPENM3_LEVEL": level, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+@needs_native
+def test_levels_are_those_of_the_processor_best_first() -> None:
+    found = native.levels()
+    assert found[-1] == "portable"
+    assert list(found) == [level for level in native.LEVELS if level in found]
+    assert native.loaded() is native.module(found[0])
+    assert native.missing() is None
+
+
+@needs_native
+@pytest.mark.parametrize("level", native.levels())
+def test_a_level_can_be_chosen(level: str) -> None:
+    assert in_a_new_process(level, "print(native.loaded().__name__)").endswith(f"_cpu_{level}")
+
+
+@pytest.mark.parametrize(
+    ("level", "reason"),
+    [("none", "switched off by OPENM3_LEVEL=none"), ("avx1024", "OPENM3_LEVEL=avx1024 is not one of")],
+)
+def test_without_native_code_the_reason_is_said_and_the_others_run(level: str, reason: str) -> None:
+    code = """
+import torch
+from openm3.ops.cases import PACKED, packed
+from openm3.ops.index import SELECT_BLOCKS, new_codes
+p = packed(PACKED[4])
+print(native.missing())
+print(SELECT_BLOCKS.choose(p.index_q_TGJ, p.index_k_MBJ, *p.where, 4, 1).name, new_codes(p.index_k_MBJ))
+"""
+    first, second = in_a_new_process(level, code).splitlines()
+    assert first.startswith(reason) if native.levels() else first.startswith("not compiled")
+    assert second == "blocked None"
+
+
+@needs_native
+@given(data=st.data())
+def test_arbitrary_tables_and_ids_raise_or_stay_inside(data: st.DataObject) -> None:
+    """Whatever page tables, lengths and block ids hold: a ValueError, or numbers computed inside the tensors."""
+    p = packed(PackedCase(name="fuzz", num_tokens=(3, 0, 2), lengths=(300, 40, 2), block_size=16))
+    wild = st.one_of(st.integers(-3, 40), st.sampled_from([-(2**31), 2**31 - 1, 1 << 20]))
+
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        for _ in range(data.draw(st.integers(0, 3))):
+            x.view(-1)[data.draw(st.integers(0, x.numel() - 1))] = data.draw(wild)
+        return x
+
+    where = tuple(spoiled(x) for x in p.where)
+    block_TGK = spoiled(p.block_TGK)
+    for call in (
+        lambda: select_blocks(p.index_q_TGJ, p.index_k_MBJ, *where, num_selected=4),
+        lambda: sparse_attention(p.q_TNH, p.k_MGBH, p.v_MGBH, *where, block_TGK, scale=0.25),
+        lambda: dense_attention(p.q_TNH, p.k_MGBH, p.v_MGBH, *where, scale=0.25),
+    ):
+        try:
+            assert call().shape[0] == 5
+        except ValueError as error:
+            assert str(error)

@@ -2,8 +2,8 @@
 
 Each engine runs in a process of its own on as many threads: an M3 of 8 layers (the first one dense), random bfloat16
 weights, behind a context of random keys and values, the same in all three. What is timed: reading a chunk of 512 tokens
-behind it, and decoding. The cosine of the chunk's last logits with those of openm3 in float32 says whether the engines
-computed the same thing; rounding to bfloat16 changes near ties of a selection, so it is below 1 where that is done.
+behind it, and decoding. Whether the engines computed the same thing is said by the cosine of their logits with those of
+openm3 in float32, the median of some tokens: rounding changes near ties of a selection, and then all that follows.
 
     pip install transformers==5.23.0 llama-cpp-python==0.3.36 gguf
     python bench/peers.py --lengths 2048 8192 32768 131072
@@ -39,7 +39,7 @@ CHUNKS = ("scattered", "shared")
 """A chunk of random tokens, whose selections scatter, and one of a single repeated token, whose selections agree."""
 
 REFERENCE = "openm3 in float32"
-"""What last logits are compared with: rounding to bfloat16 changes near ties of a selection, and so what follows."""
+"""What every engine's logits are compared with."""
 
 PACKAGES = {"openm3": ("torch",), "llama.cpp": ("llama-cpp-python", "gguf"), "transformers": ("transformers",)}
 """What an engine needs."""
@@ -83,7 +83,7 @@ def serve(name: str) -> None:
             engine.rewind()
             begin = time.perf_counter()
             engine.read(order["ids"])
-            answer = {"seconds": time.perf_counter() - begin, "logits": engine.logits()}
+            answer = {"seconds": time.perf_counter() - begin}
         elif order["do"] == "decode":
             engine.rewind()
             times = []
@@ -92,8 +92,16 @@ def serve(name: str) -> None:
                 engine.read([token])
                 times.append(time.perf_counter() - begin)
             answer = {"seconds": times}
+        elif order["do"] == "judge":
+            answer = {"logits": [_logits_after(engine, token) for token in order["ids"]]}
         answer["peak"] = _peak_bytes()
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _logits_after(engine: Engine, token: int) -> list[float]:
+    engine.rewind()
+    engine.read([token])
+    return engine.logits()
 
 
 def _forget_peak() -> None:
@@ -150,11 +158,11 @@ def missing(name: str) -> str | None:
 
 
 def reference_logits(length: int, threads: int) -> Tensor:
-    """The last logits of the first chunk behind `length` tokens, in float32."""
+    """The logits of some single tokens behind `length` tokens, in float32."""
     worker = Worker(REFERENCE, threads)
     try:
         worker.ask(do="fill", length=length)
-        return torch.tensor(worker.ask(do="read", ids=chunk_ids(CHUNKS[0], 0))["logits"])
+        return torch.tensor(worker.ask(do="judge", ids=random_ids(CONFIG, DECODED))["logits"])
     except RuntimeError as error:
         raise SystemExit(f"error: {error}") from None
     finally:
@@ -165,7 +173,6 @@ def measure_length(workers: dict[str, Worker], length: int, args: argparse.Names
     """Every worker's figures behind `length` tokens; one that fails is closed and left out from then on."""
     results: dict[str, dict[str, Any]] = {}
     times: dict[str, dict[str, list[float]]] = {}
-    logits: dict[str, Tensor] = {}
     wanted = reference_logits(length, args.threads)
 
     def turn(name: str, order: dict[str, Any]) -> dict[str, Any] | None:
@@ -195,14 +202,15 @@ def measure_length(workers: dict[str, Worker], length: int, args: argparse.Names
                 seconds = answer["seconds"]
                 times[name][what] += seconds if isinstance(seconds, list) else [seconds]
                 results[name] = {"peak_bytes": answer["peak"]}
-                if what == CHUNKS[0] and round_number == 0:
-                    logits[name] = torch.tensor(answer["logits"])
         if time.perf_counter() - begin > args.patience:
             break
+    for name in list(times):
+        if (answer := turn(name, {"do": "judge", "ids": random_ids(CONFIG, DECODED)})) is not None:
+            cosines = torch.cosine_similarity(torch.tensor(answer["logits"]), wanted, dim=1)
+            results[name]["agreement"] = cosines.median().item()
     for name, measured in times.items():
         medians = {what: statistics.median(values) for what, values in measured.items()}
         results[name] |= {what: CHUNK / medians[what] for what in CHUNKS} | {"decode": 1 / medians["decode"]}
-        results[name]["agreement"] = torch.cosine_similarity(logits[name], wanted, dim=0).item()
         if max(medians[what] for what in CHUNKS) > args.patience:
             workers.pop(name).close()
     return {name: results[name] for name in times}

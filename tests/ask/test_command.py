@@ -11,9 +11,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from openm3 import cli
-from openm3.ask import command
+from openm3.ask import chat, command
 from openm3.model.model import Model
 
 TEXT = "one fish\ntwo fish\n\nred fish\nblue fish\n"
@@ -178,3 +179,16 @@ def test_ctrl_c_while_reading(tmp_path: Path, checkpoint: str) -> None:
         out, err = process.communicate()
         watchdog.cancel()
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_precision_flags_reach_the_model(
+    here: Path, model: Model, checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, object]] = []
+    for module in (command, chat):
+        monkeypatch.setattr(module, "load", lambda path, **options: asked.append(options) or model)
+    flags = ["--model", checkpoint, "--max-new-tokens", "1", "--dtype", "bfloat16", "--weights", "int8-channel"]
+    assert cli.main(["ask", "Who?", "--file", "docs/fish.txt", *flags]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert cli.main(["chat", *flags]) == 0
+    assert asked == [{"dtype": torch.bfloat16, "weights": "int8-channel"}] * 2

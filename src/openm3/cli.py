@@ -302,7 +302,7 @@ def _add_bench_ops(subjects: Commands) -> None:
     parser.add_argument(
         "--headline",
         action="store_true",
-        help="time sparse against dense attention behind a million tokens: 12 GiB of memory and some minutes",
+        help="time sparse against dense attention behind a million tokens: 15 GiB of memory and some minutes",
     )
     _add_threads(parser)
     _add_json(parser)

@@ -639,31 +639,38 @@ struct Routing {
     }
 };
 
+// A few tokens take dot products, shared out by rows; more are shared out by tiles.
 template <class X>
 void run_route(const Routing& routing, const X* x, int64_t stride_x, int64_t num_tokens, const Row<float>* rows, int64_t depth, int threads) {
+    if (num_tokens == 0) return;
     const int num_experts = routing.num_experts;
     const int team = num_tokens * num_experts * depth < SERIAL ? 1 : threads;
-    const bool few = num_tokens <= FEW;
-    const int64_t packed_floats = few ? 0 : depth * WIDTH, logits = round_up(num_experts, ROWS) * WIDTH;
-    const int64_t private_floats = round_up(packed_floats + logits + num_experts * LANES, 16);
+    const int64_t logits = round_up(num_experts, ROWS) * WIDTH;
+    if (num_tokens <= FEW) {
+        const Floats memory = floats(logits + num_experts * LANES);
+        std::fill_n(memory.get(), num_experts * LANES, 0.0f);
+        const X* row[FEW] = {};
+        for (int64_t i = 0; i < num_tokens; i++) row[i] = x + i * stride_x;
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+        for (int e = 0; e < num_experts; e += ROWS)
+            few_dots(int(num_tokens), rows + e, std::min(ROWS, num_experts - e), row, depth, memory.get() + e * LANES, LANES, 1);
+        routing.choose(memory.get(), int(num_tokens), LANES, 0, memory.get() + logits);
+        return;
+    }
+    const int64_t private_floats = round_up(depth * WIDTH + logits + num_experts * LANES, 16);
     const Floats private_memory = floats(team * private_floats);
 #pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
     for (int64_t first = 0; first < num_tokens; first += WIDTH) {
         float* packed = private_memory.get() + omp_get_thread_num() * private_floats;
-        float *logit = packed + packed_floats, *order = logit + logits;
+        float* logit = packed + depth * WIDTH;
         const int count = int(std::min<int64_t>(WIDTH, num_tokens - first));
-        const Tile tile{0, few, count, int(round_up(count, LANES)), first, 0};
+        const Tile tile{0, false, count, int(round_up(count, LANES)), first, 0};
         const X* row[WIDTH];
         for (int i = 0; i < count; i++) row[i] = x + (first + i) * stride_x;
-        if (few) {
-            std::fill_n(logit, num_experts * LANES, 0.0f);
-            few_dots(count, rows, num_experts, row, depth, logit, LANES, 1);
-        } else {
-            pack(row, count, tile.width, depth, packed);
-            for (int e = 0; e < num_experts; e += PANEL_ROWS)
-                multiply(rows + e, std::min(PANEL_ROWS, num_experts - e), depth, {&tile, 1}, packed, nullptr, logit + e * tile.width);
-        }
-        routing.choose(logit, count, tile.width, first, order);
+        pack(row, count, tile.width, depth, packed);
+        for (int e = 0; e < num_experts; e += PANEL_ROWS)
+            multiply(rows + e, std::min(PANEL_ROWS, num_experts - e), depth, {&tile, 1}, packed, nullptr, logit + e * tile.width);
+        routing.choose(logit, count, tile.width, first, logit + logits);
     }
 }
 

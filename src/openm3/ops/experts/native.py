@@ -10,10 +10,11 @@ from openm3.ops.linear.quantised import QuantisedWeight, Weight
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    width = gate_up.shape[-1]
-    out = torch.empty((*gate_up.shape[:-1], width // 2), dtype=gate_up.dtype)
-    gate_up_RF, out_RF = native.dense(gate_up.reshape(-1, width)), out.view(-1, width // 2)
-    native.loaded().swiglu(gate_up_RF, alpha, limit, out_RF, native.threads())
+    *shape, width = gate_up.shape
+    if len(shape) != 1:
+        return swiglu(gate_up.reshape(-1, width), alpha, limit).view(*shape, width // 2)
+    out = torch.empty((*shape, width // 2), dtype=gate_up.dtype)
+    native.loaded().swiglu(native.dense(gate_up), alpha, limit, out, native.threads())
     return out
 
 

@@ -1,6 +1,6 @@
 """The native operators: compiled with the package, one module for each instruction-set level, the best chosen here.
 
-`OPENM3_LEVEL` (portable, avx2, avx512 or avx512_vnni) chooses another, or `none` for no native operators at all.
+`OPENM3_LEVEL` (portable, avx2, avx512, avx512_vnni or amx) chooses another, or `none` for no native operators at all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-LEVELS = ("avx512_vnni", "avx512", "avx2", "portable")
+LEVELS = ("amx", "avx512_vnni", "avx512", "avx2", "portable")
 """Every instruction-set level, best first. `portable` is what the compiler makes of any processor, Arm's included."""
 
 

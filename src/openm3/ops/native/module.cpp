@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "amx.h"
 #include "simd.h"
 
 namespace nb = nanobind;
@@ -26,8 +27,9 @@ static std::vector<std::string> levels() {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        found.push_back("avx512_vnni");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (vnni && amx_granted()) found.push_back("amx");
+    if (vnni) found.push_back("avx512_vnni");
     if (avx512) found.push_back("avx512");
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
 #endif

@@ -9,10 +9,10 @@ from openm3.ops import native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    width = x.shape[-1]
+    if x.dim() != 2:
+        return rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
     out = torch.empty(x.shape, dtype=x.dtype)
-    x_RD, out_RD = native.dense(x.reshape(-1, width)), out.view(-1, width)
-    native.loaded().rms_norm(x_RD, native.dense(weight), eps, out_RD, native.threads())
+    native.loaded().rms_norm(native.dense(x), native.dense(weight), eps, out, native.threads())
     return out
 
 

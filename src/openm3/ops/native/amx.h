@@ -1,0 +1,57 @@
+// Matrix tiles (Intel AMX): 16 rows of 64 bytes each, multiplied at some sixteen times the rate of fused multiply-add.
+//
+// A tile product is  c[m][n] += sum over i and j of a[m][i * G + j] * b[i][n * G + j],  with G = 2 for bfloat16 and 4 for
+// bytes: a is rows as they lie in memory, b holds G neighbouring numbers of the inner axis together.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__AMX_TILE__)
+#include <immintrin.h>
+
+#include <cstdint>
+#endif
+
+namespace openm3 {
+
+// Whether the processor has tiles and the system lets this process use them, which has to be asked for once.
+inline bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                                __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+
+#if defined(__AMX_TILE__)
+
+inline constexpr int TILE_ROWS = 16, TILE_ROW_BYTES = 64;
+
+// All eight tiles of this thread at full size, for as long as it lives.
+class Tiles {
+public:
+    Tiles() {
+        Shape shape;
+        for (int i = 0; i < 8; i++) shape.row_bytes[i] = TILE_ROW_BYTES, shape.rows[i] = TILE_ROWS;
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+
+private:
+    struct alignas(64) Shape {
+        std::uint8_t palette = 1, start = 0, reserved[14] = {};
+        std::uint16_t row_bytes[16] = {};
+        std::uint8_t rows[16] = {};
+    };
+};
+
+#endif
+
+}  // namespace openm3

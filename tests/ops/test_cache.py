@@ -8,8 +8,19 @@ import torch
 
 import openm3
 from openm3.ops import native
-from openm3.ops.cache import WRITE_PAGES, Pool, write_pages
+from openm3.ops.cache import (
+    WRITE_HEADS,
+    WRITE_PAGES,
+    HeadNorms,
+    Pool,
+    Projections,
+    turn_heads,
+    write_heads,
+    write_pages,
+)
+from openm3.ops.cache import native as kernels
 from openm3.ops.dispatch import Implementation
+from openm3.ops.norm import rotary_table
 
 each_implementation = pytest.mark.parametrize("implementation", WRITE_PAGES.implementations, ids=lambda i: i.name)
 
@@ -125,3 +136,65 @@ def test_native_refuses_pools_it_cannot_write() -> None:
     assert supports(k_TGH, k_TGH, None, pool, torch.tensor([0])) is None
     reason = "needs pools that are dense in their last axis"
     assert supports(k_TGH, k_TGH, None, across, torch.tensor([0])) == reason
+
+
+def projected(tokens: int, dtype: torch.dtype, *, index: bool = True) -> tuple[Projections, HeadNorms]:
+    """Strided heads, six of queries in two groups, and their norms' weights."""
+    parts = [
+        torch.randn(tokens, 2 * heads, width)[:, ::2].to(dtype) for heads, width in ((6, 4), (2, 4), (2, 4), (2, 3))
+    ]
+    index_k_TJ = torch.randn(tokens, 5).to(dtype)[:, 1:4]
+    norms = [torch.randn(width).to(dtype) for width in (4, 4, 3, 3)]
+    if not index:
+        return Projections(*parts[:3]), HeadNorms(*norms[:2])
+    return Projections(*parts, index_k_TJ), HeadNorms(*norms)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_native_heads_are_their_steps(given: torch.dtype, stored: torch.dtype, tokens: int, index: bool) -> None:
+    """Bit by bit what the native norm, rotation and page write give one after another; near to the reference."""
+    heads, norms = projected(tokens, given, index=index)
+    rope, slot_T = rotary_table(torch.arange(tokens) * 999, 2, 1e4), torch.randperm(5 * 128)[:tokens]
+    together, apart, defined = (pools(stored, index=index) for _ in range(3))
+    assert WRITE_HEADS.choose(heads, norms, rope, 1e-6, together, slot_T).name == "native"
+    queries = write_heads(heads, norms, rope, 1e-6, together, slot_T)
+    turned = turn_heads(heads, norms, rope, 1e-6)
+    write_pages(turned.k_TGH, turned.v_TGH, turned.index_k_TJ, apart, slot_T)
+    with openm3.use("reference"):
+        wanted = write_heads(heads, norms, rope, 1e-6, defined, slot_T)
+    close = {"rtol": 1e-5, "atol": 1e-5} if torch.bfloat16 not in (given, stored) else {"rtol": 2**-7, "atol": 1e-6}
+    for got, steps, reference in zip(
+        (*queries, *together[:3]), (turned.q_TNH, turned.index_q_TGJ, *apart[:3]), (*wanted, *defined[:3]), strict=True
+    ):
+        if got is None:
+            assert steps is None and reference is None
+            continue
+        torch.testing.assert_close(got, steps, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(got, reference, **close, equal_nan=True)
+
+
+def test_heads_are_checked_before_anything_is_written() -> None:
+    heads, norms = projected(2, torch.float32)
+    rope, pool = rotary_table(torch.arange(2), 2, 1e4), pools()
+    with pytest.raises(ValueError, match="given together or not at all"):
+        write_heads(heads, norms, rope, 1e-6, pools(index=False), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="2 tokens need as many slots"):
+        write_heads(heads, norms, rope, 1e-6, pool, torch.tensor([0]))
+    for implementation in WRITE_HEADS.implementations:
+        with openm3.use(implementation.name), pytest.raises(ValueError, match="slot 640 is outside the pool"):
+            write_heads(heads, norms, rope, 1e-6, pool, torch.tensor([0, 640]))
+    assert all(x is not None and x.isnan().all() for x in pool[:3])
+
+
+@pytest.mark.usefixtures("level")
+def test_native_heads_need_whole_parts() -> None:
+    heads, norms = projected(1, torch.float32)
+    rope, slot_T = rotary_table(torch.arange(1), 2, 1e4), torch.tensor([0])
+    with pytest.raises(ValueError, match="given together or not at all"):
+        kernels.write_heads(heads, HeadNorms(*norms[:2]), rope, 1e-6, pools(), slot_T)
+    with pytest.raises(ValueError, match="weights do not fit"):
+        kernels.write_heads(heads, norms._replace(k_H=torch.ones(3)), rope, 1e-6, pools(), slot_T)

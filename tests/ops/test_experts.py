@@ -13,7 +13,9 @@ from openm3.ops import native
 from openm3.ops.cases import EXPERTS as CASES
 from openm3.ops.cases import ExpertCase, Routed, routed
 from openm3.ops.dispatch import Implementation
-from openm3.ops.experts import EXPERTS, ROUTE, SWIGLU, experts, reference, route, swiglu
+from openm3.ops.experts import EXPERTS, MIXTURE, ROUTE, SWIGLU, experts, mixture, reference, route, swiglu
+from openm3.ops.experts import native as kernels
+from openm3.ops.linear import linear, quantise
 
 ALPHA, LIMIT = 1.702, 7.0
 
@@ -317,3 +319,57 @@ def test_native_swiglu_takes_any_number() -> None:
     with openm3.use("native"):
         out = swiglu(gate_up, alpha=ALPHA, limit=LIMIT)
     torch.testing.assert_close(out, reference.swiglu(gate_up, ALPHA, LIMIT), equal_nan=True)
+
+
+def mixed(tokens: int, dtype: torch.dtype, group: int | None) -> tuple[tuple[Any, ...], dict[str, float]]:
+    """Arguments of a mixture of 5 experts and a shared one, wider than they are; int8 weights with a group."""
+    width, inner, generator = 64, 32, torch.Generator().manual_seed(tokens)
+    shapes = ((5, 2 * inner, width), (5, width, inner), (2 * 48, width), (width, 48))
+    floats = [torch.randn(shape, generator=generator) for shape in shapes]
+    weights = [x.to(dtype) if group is None else quantise(x, group) for x in floats]
+    x_TD = torch.randn((tokens, width), generator=generator).to(dtype)
+    router = torch.randn((5, width), generator=generator), torch.randn(5, generator=generator)
+    return (x_TD, router, 2, tuple(weights[:2]), tuple(weights[2:])), {"scale": 2.5, "alpha": ALPHA, "limit": LIMIT}
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_a_native_mixture_is_its_parts(tokens: int, dtype: torch.dtype, group: int | None) -> None:
+    args, numbers = mixed(tokens, dtype, group)
+    x_TD, router, num_active, routed, shared = args
+    assert MIXTURE.choose(*args, *numbers.values()).name == "native"
+    out_TD = mixture(*args, **numbers)
+    routed_TD = experts(x_TD, *route(x_TD, *router, num_active), *routed, alpha=ALPHA, limit=LIMIT)
+    shared_TD = linear(swiglu(linear(x_TD, shared[0]), alpha=ALPHA, limit=LIMIT), shared[1])
+    wanted_TD = shared_TD.float() + 2.5 * routed_TD.float()
+    size = float(wanted_TD.abs().max()) if tokens else 1.0
+    torch.testing.assert_close(out_TD, wanted_TD.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6 * size)
+    with openm3.use("reference"):
+        defined_TD = mixture(*args, **numbers)
+    torch.testing.assert_close(out_TD, defined_TD, rtol=0, atol=(1e-6 if dtype == torch.float32 else 2e-2) * size)
+
+
+def test_a_mixture_of_many_tokens_is_run_in_parts_and_has_gradients() -> None:
+    args, numbers = mixed(5, torch.float32, None)
+    assert MIXTURE.choose(*args, *numbers.values()).name == "reference"
+    x_TD = args[0][:2].clone().requires_grad_()
+    mixture(x_TD, *args[1:], **numbers).sum().backward()
+    assert x_TD.grad is not None and x_TD.grad.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("level")
+def test_a_native_mixture_checks_what_it_reads() -> None:
+    (x_TD, router, num_active, routed, shared), numbers = mixed(2, torch.float32, None)
+    narrow = shared[1][:60].contiguous()
+    for wrong in (
+        (x_TD, router, 0, routed, shared),
+        (x_TD, router, 6, routed, shared),
+        (x_TD, (router[0][:, :60], router[1]), num_active, routed, shared),
+        (x_TD, router, num_active, (routed[0][:, :60], routed[1]), shared),
+        (x_TD, router, num_active, routed, (shared[0][:90], shared[1])),
+        (x_TD, router, num_active, routed, (shared[0], narrow)),
+    ):
+        with pytest.raises(ValueError):
+            kernels.mixture(*wrong, *numbers.values())

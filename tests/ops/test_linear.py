@@ -16,7 +16,7 @@ import openm3
 from openm3.errors import UnsupportedError
 from openm3.ops import native
 from openm3.ops.dispatch import Implementation
-from openm3.ops.linear import LINEAR, QuantisedWeight, Weight, dequantise, linear, quantise
+from openm3.ops.linear import LINEAR, LINEAR_EACH, QuantisedWeight, Weight, dequantise, linear, linear_each, quantise
 from openm3.ops.linear import native as kernels
 from openm3.ops.linear.quantised import at
 
@@ -68,6 +68,25 @@ def test_against_float64(
 def test_native_levels(level: str, kind: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x_TD, weight = made(shape, kind, dtype)
     check(kernels.linear(x_TD, weight), x_TD, weight)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 4])
+def test_several_weights_in_one_call_are_one_after_another(tokens: int, dtype: torch.dtype) -> None:
+    x_TD = torch.randn(tokens, 2 * 96)[:, ::2].to(dtype)
+    weights = [made((1, outputs, 96), kind, dtype)[1] for outputs, kind in zip((1, 300, 40, 8), KINDS, strict=True)]
+    assert LINEAR_EACH.choose(x_TD, weights).name == "native"
+    for out, weight in zip(linear_each(x_TD, weights), weights, strict=True):
+        assert torch.equal(out, kernels.linear(x_TD, weight))
+
+
+def test_several_weights_go_one_by_one_where_native_code_gains_nothing() -> None:
+    x_TD, weights = torch.randn(5, 32), [torch.randn(8, 32), torch.randn(3, 32)]
+    assert LINEAR_EACH.choose(x_TD, weights).name == "reference"
+    assert all(torch.equal(out, linear(x_TD, w)) for out, w in zip(linear_each(x_TD, weights), weights, strict=True))
+    with pytest.raises(ValueError, match=r"x \[5, 32\] and weight \[3, 31\]"):
+        linear_each(x_TD, [weights[0], weights[1][:, 1:]])
 
 
 @each_kind
@@ -156,7 +175,8 @@ def test_reasons() -> None:
     one, many, weight = torch.zeros(1, 1024), torch.zeros(99, 1024), torch.zeros(1024, 1024)
     for x, other, told in (
         (one, weight, None),
-        (one, weight[:8], "PyTorch is as fast below 1,048,576 weights"),
+        (one, weight[:8], None),
+        (many[:5], weight[:8], "PyTorch is faster from 5 tokens on"),
         (one.bfloat16(), weight[:8].bfloat16(), None),
         (many, weight, "PyTorch is faster from 17 tokens on"),
         (many, quantise(weight, 32), None),
@@ -198,6 +218,8 @@ def test_native_checks_what_it_reads(level: str) -> None:
             module.linear(*args, 1)
     with pytest.raises(ValueError, match="threads"):
         module.linear(x, code, scale, out, 0)
+    with pytest.raises(ValueError, match="every weight needs"):
+        module.linear_each(x, [code, code], [scale], [out, out], 1)
     with pytest.raises(ValueError, match="shape of the codes"):
         module.dequantise(code, scale, torch.zeros(8, 63), 1)
 

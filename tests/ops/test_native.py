@@ -12,6 +12,7 @@ from openm3.ops import native
 from openm3.ops.attention import dense_attention, sparse_attention
 from openm3.ops.cases import PackedCase, packed
 from openm3.ops.index import select_blocks
+from openm3.ops.norm import rms_norm
 
 needs_native = pytest.mark.skipif(native.missing() is not None, reason="needs the native operators")
 
@@ -85,3 +86,23 @@ def test_arbitrary_tables_and_ids_raise_or_stay_inside(data: st.DataObject) -> N
             assert call().shape[0] == 5
         except ValueError as error:
             assert str(error)
+
+
+@needs_native
+@pytest.mark.parametrize("level", native.levels())
+def test_tensors_are_borrowed_as_they_lie(level: str) -> None:
+    """Views, parameters and gradients do not matter; what is no tensor of this machine's memory is refused."""
+    module = native.module(level)
+    assert module is not None
+    x, weight = torch.arange(24.0).view(4, 6)[1:, 1:4], torch.nn.Parameter(torch.zeros(3))
+    out, wanted = torch.empty(3, 3), rms_norm(x, weight.detach(), 1e-6)
+    for rows in (x, x.clone().requires_grad_()):
+        module.rms_norm(rows, weight, 1e-6, out, 1)
+        torch.testing.assert_close(out, wanted)
+    for other in (x.numpy(), x.to("meta"), None, [1.0]):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            module.rms_norm(other, weight, 1e-6, out, 1)
+    with pytest.raises(ValueError, match="must be float32 or bfloat16"):
+        module.rms_norm(x.double(), weight, 1e-6, out, 1)
+    with pytest.raises(ValueError, match="wrong number of axes"):
+        module.rms_norm(x[0], weight, 1e-6, out, 1)

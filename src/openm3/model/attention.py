@@ -12,9 +12,9 @@ from openm3.config import BLOCK, ModelConfig
 from openm3.model.batch import Batch
 from openm3.model.linear import Linear
 from openm3.ops.attention import dense_attention, sparse_attention
-from openm3.ops.cache import Pool, write_pages
+from openm3.ops.cache import HeadNorms, Pool, Projections, turn_heads, write_heads
 from openm3.ops.index import select_blocks
-from openm3.ops.norm import norm_rotate
+from openm3.ops.linear import linear_each
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,22 @@ class Attention(nn.Module):
             self.index_k = Linear(c.hidden_size, c.index_dim)
             self.index_q_norm = Norm(c.index_dim)
             self.index_k_norm = Norm(c.index_dim)
+        # Inside tuples, modules are not registered a second time.
+        self._qkv = self.q, self.k, self.v
+        self._index = (self.index_q, self.index_k) if self.sparse else ()
+        index_norms = (self.index_q_norm, self.index_k_norm) if self.sparse else ()
+        self._norms = self.q_norm, self.k_norm, *index_norms
 
     def forward(
         self, x_TD: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], pool: Pool | None, observer: Observer | None
     ) -> Tensor:
         c, eps = self.config, self.config.norm_eps
-        q_TNH = norm_rotate(self.q(x_TD).unflatten(-1, (c.num_heads, c.head_dim)), self.q_norm.weight, *rope, eps)
-        k_TGH = norm_rotate(self.k(x_TD).unflatten(-1, (c.num_groups, c.head_dim)), self.k_norm.weight, *rope, eps)
-        v_TGH = self.v(x_TD).unflatten(-1, (c.num_groups, c.head_dim))
-        index_q_TGJ, index_k_TJ = self._index(x_TD, rope) if self.sparse else (None, None)
+        heads, norms = self._project(x_TD), HeadNorms(*[norm.weight for norm in self._norms])
         if pool is None:
-            pool = own_pages(k_TGH, v_TGH, index_k_TJ, batch)
+            turned = turn_heads(heads, norms, rope, eps)
+            q_TNH, index_q_TGJ, pool = turned.q_TNH, turned.index_q_TGJ, own_pages(turned, batch)
         else:
-            write_pages(k_TGH, v_TGH, index_k_TJ, pool, batch.slot_T)
+            q_TNH, index_q_TGJ = write_heads(heads, norms, rope, eps, pool, batch.slot_T)
         where = (batch.page_RP, batch.start_R1, batch.length_R)
         block_TGK = None
         if index_q_TGJ is not None and pool.index_k_MBJ is not None:
@@ -94,18 +97,19 @@ class Attention(nn.Module):
         out_TD: Tensor = self.o(out_TNH.flatten(1))
         return out_TD
 
-    def _index(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Index queries and keys. Their input is detached: only the index loss trains this branch, and nothing else."""
-        c, eps = self.config, self.config.norm_eps
-        x_TD = x_TD.detach()
-        index_q_TGJ = self.index_q(x_TD).unflatten(-1, (c.num_groups, c.index_dim))
-        index_k_T1J = self.index_k(x_TD)[:, None]
-        index_q_TGJ = norm_rotate(index_q_TGJ, self.index_q_norm.weight, *rope, eps)
-        index_k_T1J = norm_rotate(index_k_T1J, self.index_k_norm.weight, *rope, eps)
-        return index_q_TGJ, index_k_T1J[:, 0]
+    def _project(self, x_TD: Tensor) -> Projections:
+        """Heads before norm and rotation. The index branch's input is detached: only the index loss trains it."""
+        c, count = self.config, x_TD.shape[0]
+        q_TX, k_TX, v_TX = linear_each(x_TD, [linear.stored() for linear in self._qkv])
+        q_TNH = q_TX.view(count, c.num_heads, c.head_dim)
+        k_TGH, v_TGH = (x.view(count, c.num_groups, c.head_dim) for x in (k_TX, v_TX))
+        if not self.sparse:
+            return Projections(q_TNH, k_TGH, v_TGH)
+        index_q_TX, index_k_TJ = linear_each(x_TD.detach(), [linear.stored() for linear in self._index])
+        return Projections(q_TNH, k_TGH, v_TGH, index_q_TX.view(count, c.num_groups, c.index_dim), index_k_TJ)
 
 
-def own_pages(k_TGH: Tensor, v_TGH: Tensor, index_k_TJ: Tensor | None, batch: Batch) -> Pool:
+def own_pages(heads: Projections, batch: Batch) -> Pool:
     """Pages made of this step's own tokens, differentiable: what a pass without a cache attends to."""
     size = batch.num_pages * BLOCK
 
@@ -113,5 +117,5 @@ def own_pages(k_TGH: Tensor, v_TGH: Tensor, index_k_TJ: Tensor | None, batch: Ba
         pages: Tensor = x.new_zeros((size, *x.shape[1:])).index_copy(0, batch.slot_T, x).unflatten(0, (-1, BLOCK))
         return pages
 
-    index_k_MBJ = None if index_k_TJ is None else paged(index_k_TJ)
-    return Pool(paged(k_TGH).transpose(1, 2), paged(v_TGH).transpose(1, 2), index_k_MBJ)
+    index_k_MBJ = None if heads.index_k_TJ is None else paged(heads.index_k_TJ)
+    return Pool(paged(heads.k_TGH).transpose(1, 2), paged(heads.v_TGH).transpose(1, 2), index_k_MBJ)

@@ -16,8 +16,15 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
         self.register_buffer("weight_scale", None)
 
+    def stored(self) -> Weight:
+        """The weight as operators take it."""
+        # `self.weight` and `self.weight_scale`, without the module's detours to them: a step asks for dozens.
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return joined(weight, self._buffers["weight_scale"])
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, joined(self.weight, self.weight_scale))
+        return linear(x, self.stored())
 
 
 def joined(weight: Tensor, scale: Tensor | None) -> Weight:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from openm3.config import ModelConfig
 from openm3.model.linear import Linear, joined
-from openm3.ops.experts import experts, route, swiglu
+from openm3.ops.experts import mixture, swiglu
 from openm3.ops.linear import Weight
 
 
@@ -66,9 +66,14 @@ class Moe(nn.Module):
         self.shared = Mlp(config, config.shared_size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        c = self.config
-        expert_TA, weight_TA = route(x_TD, self.router.weight, self.router.bias, c.num_active)
-        weights = self.experts.weights()
-        routed_TD = experts(x_TD, expert_TA, weight_TA, *weights, alpha=c.swiglu_alpha, limit=c.swiglu_limit)
-        shared_TD: Tensor = self.shared(x_TD)
-        return routed_TD * c.routed_scale + shared_TD
+        c, router, shared = self.config, self.router, self.shared
+        return mixture(
+            x_TD,
+            (router.weight, router.bias),
+            c.num_active,
+            self.experts.weights(),
+            (shared.gate_up.stored(), shared.down.stored()),
+            scale=c.routed_scale,
+            alpha=c.swiglu_alpha,
+            limit=c.swiglu_limit,
+        )

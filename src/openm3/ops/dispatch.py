@@ -53,17 +53,20 @@ class Operator:
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation that would run this call. Raises UnsupportedError with every reason."""
-        forced = _forced.get()
-        candidates = tuple(i for i in self.implementations if i.name == forced)
-        if not candidates:
-            candidates = tuple(i for i in self.implementations if not i.opt_in)
         reasons = []
-        for implementation in candidates:
+        for implementation in self._candidates[_forced.get()]:
             reason = implementation.supports(*args)
             if reason is None:
                 return implementation
             reasons.append(f"{implementation.name}: {reason}")
         raise UnsupportedError(f"no implementation of {self.name} supports this call ({'; '.join(reasons)})")
+
+    @functools.cached_property
+    def _candidates(self) -> dict[str | None, tuple[Implementation, ...]]:
+        """The implementations to ask, in order, by the name that is forced."""
+        usual = tuple(i for i in self.implementations if not i.opt_in)
+        forced = {name: tuple(i for i in self.implementations if i.name == name) for name in NAMES}
+        return {None: usual} | {name: found or usual for name, found in forced.items()}
 
 
 @contextmanager

@@ -117,12 +117,16 @@ def typical_calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[A
     rope = norm.rotary_table(torch.arange(131, device=device), 8, 1e4)
     router_ED = torch.zeros(8, 16, device=device)
     weight_OD = torch.zeros(1024, 1024, dtype=dtype, device=device)
-    new_TGH, slot_T = p.q_TNH[:128, :2], torch.arange(128, device=device)
+    pool, slot_T = cache.Pool(p.k_MGBH, p.v_MGBH, p.index_k_MBJ), torch.arange(128, device=device)
+    new_TGH, index_q_TGJ = p.q_TNH[:128, :2], p.index_q_TGJ[:128]
+    new = cache.Projections(p.q_TNH[:128], new_TGH, new_TGH, index_q_TGJ, index_q_TGJ[:, 0])
+    norms = cache.HeadNorms(*[x[0, 0] for x in (new.q_TNH, new.k_TGH, index_q_TGJ, index_q_TGJ)])
     logit_RV = torch.zeros(2, 100, dtype=dtype, device=device)
     return {
         "rms_norm": (e.x_TD, e.x_TD[0], 1e-6),
         "norm_rotate": (p.q_TNH, p.q_TNH[0, 0], *rope, 1e-6),
         "linear": (weight_OD[:1], weight_OD),
+        "linear_each": (weight_OD[:1], [weight_OD, weight_OD]),
         "select_blocks": (p.index_q_TGJ, p.index_k_MBJ, *p.where, 4, 1),
         "encode_pages": (p.index_k_MBJ, torch.arange(128, device=device), index.empty_codes(p.index_k_MBJ)),
         "block_scores": (p.index_q_TGJ, p.index_k_MBJ, *p.where),
@@ -132,13 +136,9 @@ def typical_calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[A
         "swiglu": (e.x_TD, 1.702, 7.0),
         "route": (e.x_TD, router_ED, router_ED[:, 0], 2),
         "experts": (*e, 1.702, 7.0),
-        "write_pages": (
-            new_TGH,
-            new_TGH,
-            p.index_q_TGJ[:128, 0],
-            cache.Pool(p.k_MGBH, p.v_MGBH, p.index_k_MBJ),
-            slot_T,
-        ),
+        "mixture": (e.x_TD[:1], (router_ED, router_ED[:, 0]), 2, e[3:], [x[0] for x in e[3:]], 2.0, 1.702, 7.0),
+        "write_pages": (new_TGH, new_TGH, new.index_k_TJ, pool, slot_T),
+        "write_heads": (new, norms, [x[:128] for x in rope], 1e-6, pool, slot_T),
         "sample": (logit_RV, sample.SampleParams().values(logit_RV), (), ()),
         "top_logprobs": (logit_RV, 3),
     }

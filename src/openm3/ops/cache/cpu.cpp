@@ -1,4 +1,5 @@
-// Page writes: the rows of a step's tokens to their slots, converted to the pool's dtype on the way.
+// Page writes: the rows of a step's tokens to their slots, converted to the pool's dtype on the way; and the same with the
+// norm and the rotation that come before.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -6,7 +7,7 @@
 #include <nanobind/stl/optional.h>
 
 #include "native/simd.h"
-#include "native/tensors.h"
+#include "norm/norm.h"
 
 namespace openm3 {
 namespace {
@@ -86,12 +87,38 @@ void write_pages(const Tensor& k, const Tensor& v, const std::optional<Tensor>& 
         for (const Write& write : writes) write.token(t, slots[t] / block, slots[t] % block);
 }
 
+void write_heads(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& index_q,
+                 const std::optional<Tensor>& index_k, const Tensor& q_weight, const Tensor& k_weight,
+                 const std::optional<Tensor>& index_q_weight, const std::optional<Tensor>& index_k_weight, const Tensor& cos,
+                 const Tensor& sin, double eps, const Tensor& k_pool, const Tensor& v_pool,
+                 const std::optional<Tensor>& index_k_pool, const Tensor& slot, const Tensor& q_out,
+                 const std::optional<Tensor>& index_q_out, int threads) {
+    const bool sparse = index_q.has_value();
+    for (const auto* part : {&index_k, &index_q_weight, &index_k_weight, &index_k_pool, &index_q_out})
+        if (part->has_value() != sparse)
+            throw std::invalid_argument("the parts of the index branch must be given together or not at all");
+    norm_rotate(q, q_weight, cos, sin, eps, q_out, threads);
+    const Scratch turned_k(shape_of(k), k.dtype());
+    norm_rotate(k, k_weight, cos, sin, eps, turned_k, threads);
+    if (!sparse) return write_pages(turned_k, v, {}, k_pool, v_pool, {}, slot, threads);
+    norm_rotate(*index_q, *index_q_weight, cos, sin, eps, *index_q_out, threads);
+    const Scratch turned_index_k(shape_of(*index_k), index_k->dtype());
+    norm_rotate(*index_k, *index_k_weight, cos, sin, eps, turned_index_k, threads);
+    write_pages(turned_k, v, turned_index_k, k_pool, v_pool, index_k_pool, slot, threads);
+}
+
 }  // namespace
 
 void bind_cache(nb::module_& m) {
     m.def("write_pages", &write_pages, nb::arg("k_TGH"), nb::arg("v_TGH"), nb::arg("index_k_TJ").none(), nb::arg("k_MGBH"),
           nb::arg("v_MGBH"), nb::arg("index_k_MBJ").none(), nb::arg("slot_T"), nb::arg("threads"),
           nb::call_guard<nb::gil_scoped_release>(), "Copy each token's rows to its slot of the pool.");
+    m.def("write_heads", &write_heads, nb::arg("q_TNH"), nb::arg("k_TGH"), nb::arg("v_TGH"), nb::arg("index_q_TGJ").none(),
+          nb::arg("index_k_TJ").none(), nb::arg("q_weight"), nb::arg("k_weight"), nb::arg("index_q_weight").none(),
+          nb::arg("index_k_weight").none(), nb::arg("cos_TW"), nb::arg("sin_TW"), nb::arg("eps"), nb::arg("k_MGBH"),
+          nb::arg("v_MGBH"), nb::arg("index_k_MBJ").none(), nb::arg("slot_T"), nb::arg("q_out"),
+          nb::arg("index_q_out").none(), nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(),
+          "Norm and turn the heads: queries to q_out and index_q_out, keys and values to their slots.");
 }
 
 }  // namespace openm3

@@ -10,15 +10,20 @@ weight may be a `QuantisedWeight` (ops/linear), which means what `dequantise` ma
 
 `swiglu(gate_up, alpha=, limit=)` is the activation: first half of the last axis the gate, second half up;
 `(clamp(up) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`.
+
+`mixture(x_TD, router, num_active, routed, shared, scale=, alpha=, limit=)` is all of it: the routed experts' sum times
+`scale` plus the shared expert, which every token goes through. Its steps are the operators above, in one call where the
+tokens are few.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always, compiled
 from openm3.ops.experts import native, padded, reference
-from openm3.ops.linear.quantised import Weight
+from openm3.ops.linear import Weight, linear
 
 SWIGLU = Operator(
     "swiglu",
@@ -43,7 +48,31 @@ EXPERTS = Operator(
         Implementation("compiled", padded.supports, padded.experts, opt_in=True),
     ),
 )
-OPERATORS = (SWIGLU, ROUTE, EXPERTS)
+
+
+def _by_parts(
+    x_TD: Tensor,
+    router: tuple[Tensor, Tensor],
+    num_active: int,
+    routed: tuple[Weight, Weight],
+    shared: tuple[Weight, Weight],
+    scale: float,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    routed_TD = experts(x_TD, *route(x_TD, *router, num_active), *routed, alpha=alpha, limit=limit)
+    active_TF = swiglu(linear(x_TD, shared[0]), alpha=alpha, limit=limit)
+    return torch.add(linear(active_TF, shared[1]), routed_TD, alpha=scale)
+
+
+MIXTURE = Operator(
+    "mixture",
+    (
+        Implementation("native", native.supports_mixture, native.mixture),
+        Implementation("reference", always, _by_parts),
+    ),
+)
+OPERATORS = (SWIGLU, ROUTE, EXPERTS, MIXTURE)
 
 
 def swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
@@ -79,4 +108,24 @@ def experts(
         both = f"{list(expert_TA.shape)} and {list(weight_TA.shape)}"
         raise ValueError(f"expected experts and weights [{x_TD.shape[0]}, A], not {both}")
     out: Tensor = EXPERTS(x_TD, expert_TA, weight_TA, gate_up_E2FD, down_EDF, alpha, limit)
+    return out
+
+
+def mixture(
+    x_TD: Tensor,
+    router: tuple[Tensor, Tensor],
+    num_active: int,
+    routed: tuple[Weight, Weight],
+    shared: tuple[Weight, Weight],
+    *,
+    scale: float,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Routed experts times `scale`, plus the shared expert, [T, D].
+
+    `router` is its weight [E, D] and bias [E]; `routed` and `shared` are gate-up and down weights, of all the routed
+    experts (as `experts` takes them) and of the shared one (as `linear` takes them).
+    """
+    out: Tensor = MIXTURE(x_TD, router, num_active, routed, shared, scale, alpha, limit)
     return out

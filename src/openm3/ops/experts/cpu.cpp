@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "experts/experts.h"
 #include "native/simd.h"
 #include "native/tensors.h"
 
@@ -703,6 +704,8 @@ Weights weights_of(const Tensor& x, const std::optional<Tensor>& scale, const ch
     return weights;
 }
 
+}  // namespace
+
 void swiglu(const Tensor& gate_up, float alpha, float limit, const Tensor& out, int threads) {
     expect(gate_up, "gate_up", 2);
     expect_dense(out, "out", 2);
@@ -772,8 +775,6 @@ void experts(const Tensor& x, const Tensor& expert, const Tensor& weight, const 
     with_type(x, "x_TD", [&]<class X>(X) { call.out = data_of<X>(out, "out_TD"); });
     run_experts(call);
 }
-
-}  // namespace
 
 void bind_experts(nb::module_& m) {
     m.def("swiglu", &swiglu, nb::arg("gate_up"), nb::arg("alpha"), nb::arg("limit"), nb::arg("out"), nb::arg("threads"),

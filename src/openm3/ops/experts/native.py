@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from openm3.ops import native
-from openm3.ops.linear.quantised import QuantisedWeight, Weight
+from openm3.ops.linear.native import FEW_OF_SMALL, parts, refusal
+from openm3.ops.linear.quantised import Weight
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -41,8 +42,8 @@ def experts(
         native.dense(x_TD),
         native.table(expert_TA),
         weight_TA.detach().float().contiguous(),
-        *_stored(gate_up_E2FD),
-        *_stored(down_EDF),
+        *parts(gate_up_E2FD),
+        *parts(down_EDF),
         alpha,
         limit,
         out_TD,
@@ -51,11 +52,32 @@ def experts(
     return out_TD
 
 
-def _stored(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """The numbers of a weight as they are stored, and their scales if they are codes."""
-    if isinstance(weight, QuantisedWeight):
-        return native.dense(weight.code), native.dense(weight.scale)
-    return native.dense(weight), None
+def mixture(
+    x_TD: Tensor,
+    router: tuple[Tensor, Tensor],
+    num_active: int,
+    routed: tuple[Weight, Weight],
+    shared: tuple[Weight, Weight],
+    scale: float,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    weights = [part for weight in (*routed, *shared) for part in parts(weight)]
+    router_ED, bias_E = router
+    native.loaded().mixture(
+        native.dense(x_TD),
+        native.dense(router_ED),
+        native.dense(bias_E),
+        num_active,
+        *weights,
+        scale,
+        alpha,
+        limit,
+        out_TD,
+        native.threads(),
+    )
+    return out_TD
 
 
 def supports_swiglu(gate_up: Tensor, alpha: float, limit: float) -> str | None:
@@ -78,12 +100,19 @@ def supports(
     alpha: float,
     limit: float,
 ) -> str | None:
-    stored = []
-    for weight in (gate_up_E2FD, down_EDF):
-        if isinstance(weight, QuantisedWeight):
-            groups = weight.scale.shape[-1]
-            if groups != 1 and weight.shape[-1] % (16 * groups):
-                return f"needs whole rows or multiples of 16 inputs a scale, not {groups} scales for {weight.shape[-1]}"
-        else:
-            stored.append(weight)
-    return native.refusal(x_TD, weight_TA, *stored)
+    return refusal(x_TD, gate_up_E2FD, down_EDF) or native.refusal(weight_TA)
+
+
+def supports_mixture(
+    x_TD: Tensor,
+    router: tuple[Tensor, Tensor],
+    num_active: int,
+    routed: tuple[Weight, Weight],
+    shared: tuple[Weight, Weight],
+    scale: float,
+    alpha: float,
+    limit: float,
+) -> str | None:
+    if x_TD.shape[0] > FEW_OF_SMALL:
+        return f"gains nothing from {FEW_OF_SMALL + 1} tokens on"
+    return supports_route(x_TD, *router, num_active) or refusal(x_TD, *routed, *shared)

@@ -77,10 +77,8 @@ def select_blocks(
     _check(index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R)
     if not 0 < num_local <= num_selected:
         raise ValueError(f"num_local must be between 1 and num_selected {num_selected}, not {num_local}")
-    with torch.no_grad():
-        block_TGK: Tensor = SELECT_BLOCKS(
-            index_q_TGJ, index_k_MBJ, page_RP, start_R1, length_R, num_selected, num_local, codes
-        )
+    queries_and_keys = index_q_TGJ.detach(), index_k_MBJ.detach()
+    block_TGK: Tensor = SELECT_BLOCKS(*queries_and_keys, page_RP, start_R1, length_R, num_selected, num_local, codes)
     return block_TGK
 
 

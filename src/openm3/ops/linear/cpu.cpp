@@ -4,6 +4,7 @@
 // rows that is widened to float32 in the first-level cache. Every output is summed over LANES partial sums, in an order
 // that depends on nothing but the width: a token's result is the same bits alone and among others.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "linear/linear.h"
 #include "native/simd.h"
-#include "native/tensors.h"
 
 namespace openm3 {
 namespace {
@@ -68,9 +69,11 @@ inline vfloat load_part(const E* p, std::int64_t n) {
 constexpr int rows_for(int tokens) { return REGISTERS >= 32 ? (tokens == 1 ? 8 : 16 / tokens) : 8 / tokens; }
 
 // Adds to acc[c * R + r] the products of row first + r (the last one, if there are fewer) and x[c], which is padded with
-// zeros to whole vectors.
-template <int R, int C, class E>
+// zeros to whole vectors. Where rows come from memory, those of the next call are asked for on the way: processors do not foresee
+// how R short rows are read side by side.
+template <int R, int C, bool FromMemory, class E>
 inline void multiply_rows(const Rows<E>& w, std::int64_t first, const float* const (&x)[C], vfloat (&acc)[R * C]) {
+    constexpr std::int64_t LINE = 64 / sizeof(E);
     const E* row[R];
     const float* scale[R];
     vfloat by[R];
@@ -86,6 +89,9 @@ inline void multiply_rows(const Rows<E>& w, std::int64_t first, const float* con
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) by[r] = splat(scale[r][g]);
         for (; i + LANES <= end; i += LANES) {
+            if (FromMemory && i % LINE == 0)
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) __builtin_prefetch(row[r] + i + R * w.stride);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 vfloat weight = load(row[r] + i);
@@ -194,7 +200,7 @@ void multiply_stored(const Rows<E>& w, const Tokens& tokens, T* out, int threads
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t row = 0; row < w.count; row += R) {
         vfloat acc[R * C] = {};
-        multiply_rows<R, C>(w, row, x, acc);
+        multiply_rows<R, C, true>(w, row, x, acc);
         put<R, C>(acc, out, row, w.count, 0, tokens.count);
     }
 }
@@ -236,7 +242,7 @@ void multiply_widened(const Rows<E>& w, const Tokens& tokens, T* out, int thread
                 const float* x[C];
                 tokens.at(tile / TILES * C, begin, x);
                 std::memcpy(acc, sums + tile * R * C * LANES, sizeof acc);
-                multiply_rows<R, C>(wide, tile % TILES * R, x, acc);
+                multiply_rows<R, C, false>(wide, tile % TILES * R, x, acc);
                 std::memcpy(sums + tile * R * C * LANES, acc, sizeof acc);
             }
         }
@@ -291,6 +297,8 @@ void run(const Rows<E>& w, const Tensor& x, const Tensor& out, int threads) {
     else run<E, bfloat16>(w, x, out, threads);
 }
 
+}  // namespace
+
 void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const Tensor& out, int threads) {
     expect(x, "x_TD", 2), expect(weight, "weight", 2), expect_dense(out, "out", 2);
     if (weight.shape(1) != x.shape(1) || out.shape(0) != x.shape(0) || out.shape(1) != weight.shape(0))
@@ -299,6 +307,15 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
     if (weight.dtype() == nb::dtype<std::int8_t>()) run(rows_of<std::int8_t>(weight, scale), x, out, threads);
     else if (is_float32(weight)) run(rows_of<float>(weight, scale), x, out, threads);
     else run(rows_of<bfloat16>(weight, scale), x, out, threads);
+}
+
+namespace {
+
+void linear_each(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& scales,
+                 const std::vector<Tensor>& outs, int threads) {
+    if (scales.size() != weights.size() || outs.size() != weights.size())
+        throw std::invalid_argument("every weight needs its scale, or None, and its out");
+    for (std::size_t i = 0; i < weights.size(); i++) linear(x, weights[i], scales[i], outs[i], threads);
 }
 
 void dequantise(const Tensor& code, const Tensor& scale, const Tensor& out, int threads) {
@@ -321,6 +338,8 @@ void dequantise(const Tensor& code, const Tensor& scale, const Tensor& out, int 
 void bind_linear(nb::module_& m) {
     m.def("linear", &linear, nb::arg("x_TD"), nb::arg("weight"), nb::arg("scale").none(), nb::arg("out"),
           nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(), "Fill out with x @ weight^T.");
+    m.def("linear_each", &linear_each, nb::arg("x_TD"), nb::arg("weights"), nb::arg("scales"), nb::arg("outs"),
+          nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(), "Fill each of outs with x @ weight^T.");
     m.def("dequantise", &dequantise, nb::arg("code"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"),
           nb::call_guard<nb::gil_scoped_release>(), "Fill out with codes times scales.");
 }

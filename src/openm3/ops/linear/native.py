@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from openm3.ops import native
 from openm3.ops.linear.blocked import panels
@@ -13,24 +14,32 @@ from openm3.ops.linear.quantised import QuantisedWeight, Weight
 FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 4, torch.int8: 32}
 """By the weight's dtype: up to here one reading of the weight takes longer than the arithmetic of the kernel."""
 
-SMALL = {torch.float32: 1 << 20, torch.bfloat16: 0}
-"""By the weight's dtype: fewer elements stay in a cache, where PyTorch is as fast. Its bfloat16 product starts late."""
+SMALL, FEW_OF_SMALL = 1 << 20, 4
+"""Weights of fewer elements stay in a cache: PyTorch's products are faster from this many tokens on."""
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    stored, scale = weight if isinstance(weight, QuantisedWeight) else (weight, None)
-    if isinstance(weight, QuantisedWeight) and x.numel() > FEW_TOKENS[torch.int8] * x.shape[-1]:
-        return panels(x, weight, dequantise)
+    stored, scale = parts(weight)
+    if scale is not None and x.numel() > FEW_TOKENS[torch.int8] * x.shape[-1]:
+        return panels(x, QuantisedWeight(stored, scale), dequantise)
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     out = torch.empty((x_TD.shape[0], stored.shape[0]), dtype=x.dtype)
-    native.loaded().linear(
-        to_dlpack(native.dense(x_TD)),
-        to_dlpack(native.dense(stored)),
-        None if scale is None else to_dlpack(native.dense(scale)),
-        to_dlpack(out),
-        native.threads(),
-    )
+    native.loaded().linear(native.dense(x_TD), stored, scale, out, native.threads())
     return out if x.ndim == 2 else out.view(*x.shape[:-1], -1)
+
+
+def linear_each(x_TD: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    stored, scales = zip(*map(parts, weights), strict=True)
+    outs = [torch.empty((x_TD.shape[0], weight.shape[0]), dtype=x_TD.dtype) for weight in stored]
+    native.loaded().linear_each(native.dense(x_TD), stored, scales, outs, native.threads())
+    return outs
+
+
+def parts(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """The numbers of a weight as they are stored, and their scales if they are codes."""
+    if isinstance(weight, QuantisedWeight):
+        return native.dense(weight.code), native.dense(weight.scale)
+    return native.dense(weight), None
 
 
 def dequantise(weight: QuantisedWeight) -> Tensor:
@@ -40,16 +49,27 @@ def dequantise(weight: QuantisedWeight) -> Tensor:
 
 
 def supports(x: Tensor, weight: Weight) -> str | None:
-    if isinstance(weight, QuantisedWeight):
-        groups = weight.scale.shape[-1]
-        if groups != 1 and weight.shape[-1] % (16 * groups):
-            return f"needs whole rows or multiples of 16 inputs a scale, not {groups} scales for {weight.shape[-1]}"
-        return native.refusal(x)
-    reason = native.refusal(x, weight)
-    if reason is not None or x.dtype != weight.dtype:
+    reason = refusal(x, weight)
+    if reason is not None or isinstance(weight, QuantisedWeight) or x.dtype != weight.dtype:
         return reason
-    few = FEW_TOKENS[weight.dtype]
-    if x.numel() > few * x.shape[-1]:
-        return f"PyTorch is faster from {few + 1} tokens on"
-    small = SMALL[weight.dtype]
-    return None if weight.numel() >= small else f"PyTorch is as fast below {small:,} weights"
+    few = FEW_TOKENS[weight.dtype] if weight.numel() >= SMALL else FEW_OF_SMALL
+    return None if x.numel() <= few * x.shape[-1] else f"PyTorch is faster from {few + 1} tokens on"
+
+
+def supports_each(x_TD: Tensor, weights: Sequence[Weight]) -> str | None:
+    if x_TD.shape[0] > FEW_OF_SMALL:
+        return f"gains nothing from {FEW_OF_SMALL + 1} tokens on"
+    return refusal(x_TD, *weights)
+
+
+def refusal(x: Tensor, *weights: Weight) -> str | None:
+    """Why native code cannot multiply x with these weights."""
+    stored = [x]
+    for weight in weights:
+        if isinstance(weight, QuantisedWeight):
+            groups = weight.scale.shape[-1]
+            if groups != 1 and weight.shape[-1] % (16 * groups):
+                return f"needs whole rows or multiples of 16 inputs a scale, not {groups} scales for {weight.shape[-1]}"
+        else:
+            stored.append(weight)
+    return native.refusal(*stored)

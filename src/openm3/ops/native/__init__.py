@@ -61,7 +61,7 @@ def loaded() -> ModuleType:
 def refusal(*tensors: Tensor) -> str | None:
     """Why native code cannot take these tensors, `missing` last: `supports` of an implementation begins with it."""
     for x in tensors:
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             return f"needs CPU tensors, not {x.device.type}"
         if x.dtype not in DTYPES:
             return f"takes float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
@@ -71,9 +71,8 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 def dense(x: Tensor) -> Tensor:
-    """The tensor without its gradient, dense in its last axis."""
-    x = x.detach()
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    """The tensor, dense in its last axis."""
+    return x if x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def table(page_RP: Tensor) -> Tensor:

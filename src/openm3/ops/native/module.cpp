@@ -19,6 +19,7 @@ void bind_linear(nb::module_&);
 void bind_norm(nb::module_&);
 void bind_cache(nb::module_&);
 void bind_experts(nb::module_&);
+void bind_mixture(nb::module_&);
 
 // Names of the levels that this processor can run, best first.
 static std::vector<std::string> levels() {
@@ -49,4 +50,5 @@ NB_MODULE(OPENM3_MODULE, m) {
     openm3::bind_norm(m);
     openm3::bind_cache(m);
     openm3::bind_experts(m);
+    openm3::bind_mixture(m);
 }

@@ -1,20 +1,14 @@
-// From Python's tensors (DLPack, no copy) to what kernels take.
+// From Python's tensors to what kernels take.
 #pragma once
-
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "batch.h"
+#include "dlpack.h"
 #include "simd.h"
 
 namespace openm3 {
-
-namespace nb = nanobind;
-
-using Tensor = nb::ndarray<nb::device::cpu>;
 
 inline bool is_float32(const Tensor& x) { return x.dtype() == nb::dtype<float>(); }
 inline bool is_bfloat16(const Tensor& x) {

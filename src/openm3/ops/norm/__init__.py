@@ -11,6 +11,8 @@ channel W+i by the token's angle (NeoX halves); the other channels pass. Float32
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,13 @@ def norm_rotate(x_TNH: Tensor, weight_H: Tensor, cos_TW: Tensor, sin_TW: Tensor,
 
 def rotary_table(position_T: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine [T, rotary_dim / 2] (float32) of the rotary angles at whole-number positions."""
-    exponent_W = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=position_T.device) / rotary_dim
-    angle_TW = position_T.float()[:, None] * (1.0 / theta**exponent_W)
+    angle_TW = position_T.float()[:, None] * _frequencies(rotary_dim, theta, position_T.device)
     return angle_TW.cos(), angle_TW.sin()
+
+
+@functools.lru_cache(maxsize=8)
+def _frequencies(rotary_dim: int, theta: float, device: torch.device) -> Tensor:
+    # Whoever asks first may infer, and others train with the same numbers.
+    with torch.inference_mode(False):
+        exponent_W = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+        return 1.0 / theta**exponent_W

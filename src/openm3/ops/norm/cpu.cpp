@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "native/simd.h"
-#include "native/tensors.h"
+#include "norm/norm.h"
 
 namespace openm3 {
 namespace {
@@ -103,15 +103,18 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& o
     });
 }
 
+}  // namespace
+
 void norm_rotate(const Tensor& x, const Tensor& weight, const Tensor& cos, const Tensor& sin, double eps, const Tensor& out,
                  int threads) {
-    expect(x, "x_TNH", 3);
+    const std::size_t axes = x.ndim() == 2 ? 2 : 3;
+    expect(x, "x_TNH", axes);
     expect(cos, "cos_TW", 2);
     expect(sin, "sin_TW", 2);
-    expect_dense(out, "out_TNH", 3);
+    expect_dense(out, "out_TNH", axes);
     const Rows rows = rows_of(x);
-    const std::int64_t width = x.shape(2), half = cos.shape(1);
-    for (int i = 0; i < 3; i++)
+    const std::int64_t width = x.shape(axes - 1), half = cos.shape(1);
+    for (std::size_t i = 0; i < axes; i++)
         if (out.shape(i) != x.shape(i)) throw std::invalid_argument("x_TNH and out_TNH differ in shape");
     if (cos.shape(0) != x.shape(0) || sin.shape(0) != cos.shape(0) || sin.shape(1) != cos.shape(1) || 2 * half > width)
         throw std::invalid_argument("cos_TW and sin_TW must be of the tokens, and 2W at most the head's width");
@@ -133,8 +136,6 @@ void norm_rotate(const Tensor& x, const Tensor& weight, const Tensor& cos, const
         }
     });
 }
-
-}  // namespace
 
 void bind_norm(nb::module_& m) {
     m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"), nb::arg("threads"),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from openm3.ops import native
-from openm3.ops.linear.quantised import QuantisedWeight, Weight
+from openm3.ops.linear.native import refusal, stored
+from openm3.ops.linear.quantised import Weight
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -41,21 +42,14 @@ def experts(
         native.dense(x_TD),
         native.table(expert_TA),
         weight_TA.detach().float().contiguous(),
-        *_stored(gate_up_E2FD),
-        *_stored(down_EDF),
+        *stored(gate_up_E2FD),
+        *stored(down_EDF),
         alpha,
         limit,
         out_TD,
         native.threads(),
     )
     return out_TD
-
-
-def _stored(weight: Weight) -> tuple[Tensor, Tensor | None]:
-    """The numbers of a weight as they are stored, and their scales if they are codes."""
-    if isinstance(weight, QuantisedWeight):
-        return native.dense(weight.code), native.dense(weight.scale)
-    return native.dense(weight), None
 
 
 def supports_swiglu(gate_up: Tensor, alpha: float, limit: float) -> str | None:
@@ -78,12 +72,4 @@ def supports(
     alpha: float,
     limit: float,
 ) -> str | None:
-    stored = []
-    for weight in (gate_up_E2FD, down_EDF):
-        if isinstance(weight, QuantisedWeight):
-            groups = weight.scale.shape[-1]
-            if groups != 1 and weight.shape[-1] % (16 * groups):
-                return f"needs whole rows or multiples of 16 inputs a scale, not {groups} scales for {weight.shape[-1]}"
-        else:
-            stored.append(weight)
-    return native.refusal(x_TD, weight_TA, *stored)
+    return refusal((gate_up_E2FD, down_EDF), x_TD, weight_TA)

@@ -244,7 +244,9 @@ def test_native_experts_take_codes(num_tokens: int, group: int | None, dtype: to
     with openm3.use("native"):
         out_TD = experts(*e[:3], *codes, alpha=ALPHA, limit=LIMIT)
     wide = [dequantise(code) for code in codes]
-    truth_TD = reference.experts(e.x_TD.double(), e.expert_TA, e.weight_TA.double(), *(x.double() for x in wide), ALPHA, LIMIT)
+    truth_TD = reference.experts(
+        e.x_TD.double(), e.expert_TA, e.weight_TA.double(), *(x.double() for x in wide), ALPHA, LIMIT
+    )
     assert error(out_TD, truth_TD) <= 2 * error(reference.experts(*e[:3], *wide, ALPHA, LIMIT), truth_TD)
 
 

@@ -22,7 +22,12 @@ namespace openm3 {
 namespace {
 
 constexpr int FEW = 4;
-constexpr int SOME = std::is_same_v<Product, Fma> ? 32 : FEW;
+// By the types of weights and tokens: as many are multiplied before the parts of a widened weight are made as fast.
+template <class E, class T>
+constexpr int SOME = std::is_same_v<Product, Fma>    ? 32
+                     : std::is_same_v<E, bfloat16> ? FEW
+                     : std::is_same_v<T, float>    ? 16
+                                                   : 8;
 constexpr int PANEL_ROWS = 8;
 constexpr int PANEL_COLUMNS = 512;
 // Packed tokens held at a time.
@@ -242,7 +247,7 @@ void multiply_packed(const Rows<E>& w, const T* x, std::int64_t stride, std::int
     }
     const std::int64_t num_tiles = std::int64_t(tiles.size()), chunks = (num_tiles + Product::TILES_AT_ONCE - 1) / Product::TILES_AT_ONCE;
     int panel = Product::PANEL;
-    while (panel > Product::PANEL / 4 && chunks * w.count < 4 * threads * panel) panel /= 2;
+    while (panel > Product::PANEL / 4 && (num_tiles == 1 || chunks * w.count < 4 * threads * panel)) panel /= 2;
     const std::int64_t num_panels = (w.count + panel - 1) / panel;
     const auto packed = array<Product::Packed>(Product::packed_size(round_up(num_tokens, LANES), w.width, parts));
     const auto panels = array<Product::Packed>(threads * Product::PANEL_SIZE);
@@ -311,7 +316,7 @@ void run(const Rows<E>& w, const Tensor& x, const Tensor& out, int threads) {
     const std::int64_t num_tokens = std::int64_t(x.shape(0)), stride = x.stride(0);
     if (!num_tokens || !w.count) return;
     if (w.count * w.width * num_tokens < WORTH_A_THREAD) threads = 1;
-    if (num_tokens <= SOME) return multiply_some(w, Tokens(from, stride, num_tokens, w.width), to, threads);
+    if (num_tokens <= SOME<E, T>) return multiply_some(w, Tokens(from, stride, num_tokens, w.width), to, threads);
     for (std::int64_t t = 0; t < num_tokens; t += TOKENS_AT_ONCE)
         multiply_packed(w, from + t * stride, stride, std::min(TOKENS_AT_ONCE, num_tokens - t), to + t * w.count, threads);
 }

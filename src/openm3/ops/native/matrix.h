@@ -3,7 +3,7 @@
 // Tiles multiply bfloat16 and sum in float32. A number of more bits is cut into parts that are bfloat16 each, largest first:
 // x = x1 + x2 + x3 to float32's last bit, or x1 + x2 to one in 2^17. Products of parts as small as the rounding are left out,
 // so that float32 stays float32: six tile products instead of one still take a third of fused multiply-add's time. Parts of
-// numbers next to the smallest are lost, as tiles take denormals for zero.
+// numbers next to the smallest are lost, as tiles take denormals for zero; an infinity that has parts beside it becomes NaN.
 #pragma once
 
 #include <array>
@@ -22,7 +22,7 @@ public:
     static constexpr int WIDTH = 2 * LANES;
     static constexpr int PANEL = 128;
     static constexpr int TILES_AT_ONCE = 16;
-    // Channels multiplied at a time: those of a pair of tiles, and of two rows of tiles, stay in the first-level cache.
+    // Channels of a whole panel that are multiplied at a time; of fewer rows there are more, as memory reads along a row.
     static constexpr int DEPTH = 512;
     static constexpr int MOST_PARTS = 3;
     static constexpr std::int64_t PANEL_SIZE = PANEL * DEPTH * MOST_PARTS;
@@ -42,7 +42,7 @@ public:
                     for (int i = 0; i < LANES; i++) {
                         const X* row = rows[std::min(first + i, tile.count - 1)] + k;
                         vint line[B];
-                        split<B>(row, std::min<std::int64_t>(STEP, depth - k), line);
+                        split<B>(row, depth - k, line);
                         for (int j = 0; j < B; j++) part[j][i] = (vfloat)line[j];
                     }
                     for (int j = 0; j < B; j++) {
@@ -79,8 +79,9 @@ public:
             constexpr int A = std::is_same_v<W, bfloat16> ? 1 : std::max(2, B);
             const std::int64_t steps = round_up(depth, STEP) / STEP;
             const int padded = int(round_up(num_rows, ROWS));
-            for (std::int64_t step = 0; step < steps; step += DEPTH / STEP) {
-                const int count = int(std::min<std::int64_t>(DEPTH / STEP, steps - step));
+            const int most = PANEL * DEPTH / STEP / padded;
+            for (std::int64_t step = 0; step < steps; step += most) {
+                const int count = int(std::min<std::int64_t>(most, steps - step));
                 widen<A>(rows, num_rows, step * STEP, depth, count, panel);
                 const std::int64_t soon = step + count < steps ? (step + count) * STEP : next;
                 for (std::size_t t = 0; t < tiles.size(); t++) {
@@ -93,7 +94,8 @@ public:
                         // Each tile fetches its share of the weights that are widened next.
                         Ahead ahead{{}, 0, STEP * sizeof(W)};
                         for (std::size_t r = 2 * ROWS * t / tiles.size(); r < 2 * ROWS * (t + 1) / tiles.size(); r++)
-                            ahead.row[ahead.count++] = reinterpret_cast<const char*>(rows[std::min(i + int(r), num_rows - 1)].data + soon);
+                            ahead.row[ahead.count++] =
+                                reinterpret_cast<const char*>(rows[std::min(i + int(r), num_rows - 1)].data + soon);
                         const bool pair = i + ROWS < padded;
                         if (pair && two) products<A, B, 2, 2>(from, x, steps, count, to, add, ahead);
                         else if (pair) products<A, B, 2, 1>(from, x, steps, count, to, add, ahead);
@@ -146,30 +148,35 @@ private:
     // The parts of two vectors, those of `low` in the first 16 numbers of a line. What is not finite has one part.
     template <int N>
     static void split(vfloat low, vfloat high, vint (&line)[N]) {
-        for (int j = 0; j < N; j++) {
-            line[j] = (vint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-            if (j + 1 == N) break;
-            low = rest(low, _mm512_castsi512_si256((__m512i)line[j]));
-            high = rest(high, _mm512_extracti64x4_epi64((__m512i)line[j], 1));
+        constexpr int NOT_FINITE = 0x99;
+        line[0] = (vint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        if constexpr (N > 1) {
+            const __mmask16 odd_low = _mm512_fpclass_ps_mask((__m512)low, NOT_FINITE);
+            const __mmask16 odd_high = _mm512_fpclass_ps_mask((__m512)high, NOT_FINITE);
+            for (int j = 1; j < N; j++) {
+                low = rest(low, _mm512_castsi512_si256((__m512i)line[j - 1]));
+                high = rest(high, _mm512_extracti64x4_epi64((__m512i)line[j - 1], 1));
+                if (odd_low | odd_high) [[unlikely]] {
+                    low = (vfloat)_mm512_maskz_mov_ps(_knot_mask16(odd_low), (__m512)low);
+                    high = (vfloat)_mm512_maskz_mov_ps(_knot_mask16(odd_high), (__m512)high);
+                }
+                line[j] = (vint)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+            }
         }
     }
 
     static vfloat rest(vfloat x, __m256i part) {
-        const vfloat left = x - (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16);
-        return left - left == 0.0f ? left : vfloat{};
+        return x - (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16);
     }
 
-    // The parts of the first `count` of STEP numbers, zeros behind them.
+    // The parts of the first `count` of STEP numbers, zeros behind them, each half times its own factor.
     template <int N, class X>
-    static void split(const X* x, std::int64_t count, vint (&line)[N]) {
+    static void split(const X* x, std::int64_t count, vint (&line)[N], float low = 1.0f, float high = 1.0f) {
         if constexpr (std::is_same_v<X, bfloat16> && N == 1) {
-            if (count == STEP) std::memcpy(line, x, sizeof line);
-            else line[0] = (vint)_mm512_maskz_loadu_epi16((1u << count) - 1, x);
-        } else if (count == STEP) {
-            split<N>(load(x), load(x + LANES), line);
+            line[0] = (vint)_mm512_maskz_loadu_epi16(count >= STEP ? ~0u : (1u << count) - 1, x);
         } else {
-            const std::int64_t low = std::min<std::int64_t>(count, LANES);
-            split<N>(load_part(x, low), count > low ? load_part(x + low, count - low) : vfloat{}, line);
+            const vfloat rest = count > LANES ? load_part(x + LANES, count - LANES) : vfloat{};
+            split<N>(load_part(x, count) * low, rest * high, line);
         }
     }
 
@@ -187,17 +194,19 @@ private:
     // Some steps of rows as tiles: [rows / 16][steps][A][16][STEP], the last row again where there are no more.
     template <int A, class W>
     static void widen(const Row<W>* rows, int num_rows, std::int64_t first, std::int64_t depth, int steps, bfloat16* to) {
-        alignas(64) float wide[DEPTH];
-        const std::int64_t span = std::min<std::int64_t>(steps * STEP, depth - first);
         for (int i = 0; i < round_up(num_rows, ROWS); i++) {
             const Row<W>& row = rows[std::min(i, num_rows - 1)];
-            if constexpr (Row<W>::coded) row.widen(first, span, wide);
             bfloat16* line_to = to + i / ROWS * steps * A * TILE + i % ROWS * STEP;
-            for (std::int64_t k = 0; k < span; k += STEP) {
+            std::int64_t g = first / row.group, end = (g + 1) * row.group;
+            const auto scale = [&](std::int64_t k) {
+                if (!Row<W>::coded) return 1.0f;
+                if (k >= end && k < depth) g++, end += row.group;
+                return row.scale[g];
+            };
+            for (std::int64_t k = first; k < first + steps * STEP; k += STEP) {
                 vint line[A];
-                const std::int64_t count = std::min<std::int64_t>(STEP, span - k);
-                if constexpr (Row<W>::coded) split<A>(wide + k, count, line);
-                else split<A>(row.data + first + k, count, line);
+                const float low = scale(k), high = scale(k + LANES);
+                split<A>(row.data + k, depth - k, line, low, high);
                 for (int j = 0; j < A; j++, line_to += TILE) std::memcpy(line_to, line + j, sizeof line[j]);
             }
         }

@@ -247,7 +247,7 @@ void multiply_packed(const Rows<E>& w, const T* x, std::int64_t stride, std::int
     }
     const std::int64_t num_tiles = std::int64_t(tiles.size()), chunks = (num_tiles + Product::TILES_AT_ONCE - 1) / Product::TILES_AT_ONCE;
     int panel = Product::PANEL;
-    while (panel > Product::PANEL / 4 && (num_tiles == 1 || chunks * w.count < 4 * threads * panel)) panel /= 2;
+    while (panel > Product::PANEL / 4 && chunks * w.count < 4 * threads * panel) panel /= 2;
     const std::int64_t num_panels = (w.count + panel - 1) / panel;
     const auto packed = array<Product::Packed>(Product::packed_size(round_up(num_tokens, LANES), w.width, parts));
     const auto panels = array<Product::Packed>(threads * Product::PANEL_SIZE);

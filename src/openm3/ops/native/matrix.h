@@ -75,6 +75,14 @@ public:
     template <class W, class T>
     static void multiply(const Row<W>* rows, int num_rows, std::int64_t depth, std::span<const T> tiles, const bfloat16* packed,
                          int parts, std::int64_t next, bfloat16* panel, float* c) {
+        // A single tile is bound by reading the weights: few rows at a time, so that much of each is read at once.
+        if (constexpr int few = 2 * ROWS; tiles.size() == 1 && num_rows > few) {
+            for (int i = 0; i < num_rows; i += few, c += few * tiles[0].width) {
+                const W* soon = i + few < num_rows ? rows[i + few].data : rows[0].data + next;
+                multiply(rows + i, std::min(few, num_rows - i), depth, tiles, packed, parts, soon - rows[i].data, panel, c);
+            }
+            return;
+        }
         with_parts(parts, [&]<int B>(Count<B>) {
             constexpr int A = std::is_same_v<W, bfloat16> ? 1 : std::max(2, B);
             const std::int64_t steps = round_up(depth, STEP) / STEP;

@@ -15,7 +15,7 @@ from openm3.ops.cases import ExpertCase, Routed, routed
 from openm3.ops.dispatch import Implementation
 from openm3.ops.experts import EXPERTS, MIXTURE, ROUTE, SWIGLU, experts, mixture, reference, route, swiglu
 from openm3.ops.experts import native as kernels
-from openm3.ops.linear import linear, quantise
+from openm3.ops.linear import dequantise, linear, quantise
 
 ALPHA, LIMIT = 1.702, 7.0
 
@@ -233,6 +233,22 @@ def test_native_experts_take_any_width(num_tokens: int, width: int, inner: int, 
     e = crowd(num_tokens, width=width, inner=inner)
     scaled = ((x / x.shape[-1] ** 0.5).to(weights) for x in (e.gate_up_E2FD, e.down_EDF))
     hold_native_to_the_reference(Routed(*e[:3], *scaled))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize("num_tokens", [0, 3, 40, 450])
+def test_native_experts_take_codes(num_tokens: int, group: int | None, dtype: torch.dtype) -> None:
+    e = crowd(num_tokens, width=160, inner=96, dtype=dtype)
+    codes = [quantise(x.float() / x.shape[-1] ** 0.5, group or x.shape[-1]) for x in (e.gate_up_E2FD, e.down_EDF)]
+    with openm3.use("native"):
+        out_TD = experts(*e[:3], *codes, alpha=ALPHA, limit=LIMIT)
+    wide = [dequantise(code) for code in codes]
+    truth_TD = reference.experts(
+        e.x_TD.double(), e.expert_TA, e.weight_TA.double(), *(x.double() for x in wide), ALPHA, LIMIT
+    )
+    assert error(out_TD, truth_TD) <= 2 * error(reference.experts(*e[:3], *wide, ALPHA, LIMIT), truth_TD)
 
 
 @pytest.mark.usefixtures("level")

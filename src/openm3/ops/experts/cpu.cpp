@@ -1,22 +1,21 @@
-// Routed experts, routing and the clamped SwiGLU, in float32 whatever the weights are stored as.
+// Routed experts, routing and the clamped SwiGLU, with float32 sums whatever the weights are stored as.
 //
-// Tokens are sorted by expert. An expert with many of them takes them in tiles: packed so that a vector holds one channel
-// of LANES tokens, they meet the weights row by row, each weight broadcast from where it lies, and a tile of ROWS rows by
-// three vectors stays in registers. Its output is laid out as the next product's input. An expert with a few tokens takes
-// dot products instead, bound by reading the weights once. Which of the two, and every order of summation, depend on the
-// tokens of an expert alone: the result is the same for every number of threads.
+// Tokens are sorted by expert. An expert with many of them takes them in packed tiles (native/product.h); what comes out of
+// its first product is packed again as it is activated. An expert with a few tokens takes dot products instead, bound by
+// reading the weights once. Which of the two, and every order of summation, depend on the tokens of an expert alone: the
+// result is the same for every number of threads.
 #include <nanobind/stl/optional.h>
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include "experts/experts.h"
+#include "native/matrix.h"
+#include "native/product.h"
 #include "native/simd.h"
 #include "native/tensors.h"
 
@@ -25,20 +24,11 @@ namespace {
 
 using std::int64_t;
 
-constexpr int ROWS = REGISTERS == 32 ? 8 : 4;
-constexpr int VECTORS = 3;
-constexpr int WIDTH = VECTORS * LANES;
 // As many tokens of an expert, or fewer, are multiplied as dot products.
 constexpr int FEW = 4;
 // Products that are added one after the other: longer sums are made of several, for the rounding's sake.
 constexpr int LONGEST_SUM = 256;
-// Channels multiplied at a time: those of a tile, and of a panel of weights, stay in the second-level cache.
-constexpr int DEPTH = 1024;
-// Tiles multiplied with a panel of weights at a time: their products stay in the second-level cache.
-constexpr int TILES_AT_ONCE = 8;
-constexpr int GATE_PANEL = 32;
-constexpr int LARGEST_PANEL = 64;
-constexpr int PANEL_ROWS = std::max(2 * GATE_PANEL, LARGEST_PANEL);
+constexpr int GATE_PANEL = Product::PANEL / 2;
 // Products below which a second thread costs more than it saves.
 constexpr int64_t SERIAL = 1 << 18;
 constexpr int64_t SERIAL_ACTIVATIONS = 1 << 14;
@@ -46,48 +36,9 @@ constexpr int64_t SERIAL_ACTIVATIONS = 1 << 14;
 constexpr int64_t FLOATS_AT_ONCE = 1 << 26;
 constexpr int64_t TOKENS_AT_ONCE = 2048;
 
-constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-// Uninitialised floats on a cache line's border.
-struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats floats(int64_t count) { return Floats(new (std::align_val_t(64)) float[std::size_t(count)]); }
+using Floats = Array<float>;
 
 // ---- vectors
-
-using openm3::load;
-using openm3::to_float;
-
-float to_float(std::int8_t x) { return x; }
-
-vfloat load(const std::int8_t* p) {
-    typedef std::int8_t vbyte __attribute__((vector_size(LANES)));
-    vbyte x;
-    std::memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, vint), vfloat);
-}
-
-// The first `count` lanes from memory, zero in the others.
-template <class T>
-vfloat load_part(const T* p, int64_t count) {
-    float x[LANES] = {};
-    for (int64_t i = 0; i < count; i++) x[i] = to_float(p[i]);
-    return load(x);
-}
-
-template <class Pick, std::size_t... I>
-vfloat pick(vfloat a, vfloat b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, Pick::lane(int(I))...);
-}
-
-// Lanes of a (0..LANES) and b (LANES..2 LANES), those that Pick::lane names.
-template <class Pick>
-vfloat pick(vfloat a, vfloat b) {
-    return pick<Pick>(a, b, std::make_index_sequence<LANES>{});
-}
 
 // Half (0 or 1) of every block of 2 W lanes, the blocks of a first.
 template <int W, int Half>
@@ -115,25 +66,6 @@ vfloat sums(const vfloat* x) {
     }
 }
 
-// What row i of a transposition takes from itself and from row i + S (or, High, what row i + S takes).
-template <int S, bool High>
-struct Swap {
-    static constexpr int lane(int i) { return High ? (i & S ? LANES + i : i + S) : (i & S ? LANES + i - S : i); }
-};
-
-template <int S = LANES / 2>
-void transpose(vfloat (&x)[LANES]) {
-    if constexpr (S > 0) {
-        for (int i = 0; i < LANES; i++) {
-            if (i & S) continue;
-            const vfloat a = x[i], b = x[i + S];
-            x[i] = pick<Swap<S, false>>(a, b);
-            x[i + S] = pick<Swap<S, true>>(a, b);
-        }
-        transpose<S / 2>(x);
-    }
-}
-
 vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
 
 vfloat activate(vfloat gate, vfloat up, float alpha, float limit) {
@@ -143,29 +75,7 @@ vfloat activate(vfloat gate, vfloat up, float alpha, float limit) {
     return (up + 1.0f) * gate / (1.0f + exp(gate * -alpha));
 }
 
-// ---- products
-
-// A weight row: numbers as they are stored, times a scale for each `group` neighbours if they are int8 codes. A group is
-// a multiple of 16, or the whole row; rows without scales are one group.
-template <class W>
-struct Row {
-    static constexpr bool coded = std::is_same_v<W, std::int8_t>;
-
-    const W* data;
-    const float* scale;
-    int64_t group;
-
-    // Some numbers in float32.
-    void widen(int64_t first, int64_t count, float* to) const {
-        for (int64_t i = 0; i < count;) {
-            const int64_t g = (first + i) / group, end = std::min((g + 1) * group - first, count);
-            const float by = coded ? scale[g] : 1.0f;
-            const W* from = data + first;
-            for (; i + LANES <= end; i += LANES) store(to + i, coded ? load(from + i) * by : load(from + i));
-            for (; i < end; i++) to[i] = coded ? to_float(from[i]) * by : to_float(from[i]);
-        }
-    }
-};
+// ---- dot products
 
 // Rows of a dot product that fit in registers beside N tokens.
 constexpr int rows_beside(int tokens) {
@@ -237,100 +147,6 @@ void few_dots(int tokens, const Row<W>* rows, int num_rows, const X* const* x, i
     else run(std::integral_constant<int, 4>{});
 }
 
-// Weights that are wanted soon: `bytes` for every LANES channels of each of ROWS rows are fetched while others are used.
-struct Ahead {
-    const char* row[ROWS];
-    int64_t bytes;
-
-    void fetch(int64_t k) const {
-        for (int i = 0; i < ROWS; i++) __builtin_prefetch(row[i] + k / LANES * bytes, 0, 2);
-    }
-};
-
-// c[i][token] (+)= rows[i] . x for ROWS rows and a tile of V vectors of tokens; x holds [depth][V * LANES].
-template <int V>
-void multiply(const float* const* rows, const float* x, int64_t depth, float* c, bool add, const Ahead* ahead) {
-    const float* row[ROWS];
-    for (int i = 0; i < ROWS; i++) row[i] = rows[i];
-    for (int64_t k = 0; k < depth; add = true) {
-        const int64_t end = std::min<int64_t>(k + LONGEST_SUM, depth);
-        vfloat total[ROWS][V] = {};
-        while (k < end) {
-            if (ahead) ahead->fetch(k);
-            for (const int64_t stop = std::min(k + LANES, end); k < stop; k++) {
-                vfloat token[V];
-                for (int v = 0; v < V; v++) token[v] = load(x + (k * V + v) * LANES);
-                for (int i = 0; i < ROWS; i++) {
-                    const float weight = row[i][k];
-                    for (int v = 0; v < V; v++) total[i][v] += weight * token[v];
-                }
-            }
-        }
-        for (int i = 0; i < ROWS; i++)
-            for (int v = 0; v < V; v++) {
-                float* to = c + (i * V + v) * LANES;
-                store(to, add ? load(to) + total[i][v] : total[i][v]);
-            }
-    }
-}
-
-// Tokens of one expert that are multiplied together: `count` places of the sorted order from `first` on. They start at
-// `column` of the packed buffers and take `width` columns there, in vectors; a few are rows instead, and width is count.
-struct Tile {
-    int expert;
-    bool few;
-    int count, width;
-    int64_t first, column;
-};
-
-// Products of weight rows with packed tiles: c holds, tile after tile, [num_rows rounded up to ROWS][width].
-template <class W>
-void multiply(const Row<W>* rows, int num_rows, int64_t depth, std::span<const Tile> tiles, const float* packed, float* wide, float* c) {
-    const int padded = int(round_up(num_rows, ROWS));
-    const float* from[PANEL_ROWS + ROWS];
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-        const int64_t span = std::min<int64_t>(DEPTH, depth - k);
-        for (const Tile& tile : tiles) {
-            const bool first = &tile == tiles.data();
-            const float* x = packed + tile.column * depth + k * tile.width;
-            float* to = c + (tile.column - tiles[0].column) * padded;
-            for (int i = 0; i < padded; i += ROWS, to += ROWS * tile.width) {
-                Ahead ahead{{}, int64_t(LANES * sizeof(W))};
-                for (int j = i; first && j < i + ROWS; j++) {
-                    const Row<W>& row = rows[std::min(j, num_rows - 1)];
-                    if constexpr (!std::is_same_v<W, float>) row.widen(k, span, wide + j * DEPTH);
-                    from[j] = std::is_same_v<W, float> ? reinterpret_cast<const float*>(row.data) + k : wide + j * DEPTH;
-                    const bool last = j + ROWS >= padded;
-                    const W* next = rows[std::min(last ? j % ROWS : j + ROWS, num_rows - 1)].data;
-                    ahead.row[j - i] = reinterpret_cast<const char*>(next + k + (last ? span : 0));
-                }
-                const Ahead* soon = first ? &ahead : nullptr;
-                if (tile.width == LANES) multiply<1>(from + i, x, span, to, k > 0, soon);
-                else if (tile.width == 2 * LANES) multiply<2>(from + i, x, span, to, k > 0, soon);
-                else multiply<3>(from + i, x, span, to, k > 0, soon);
-            }
-        }
-    }
-}
-
-// Packs rows of x as [depth][width]; columns after the last row repeat it.
-template <class X>
-void pack(const X* const* rows, int count, int width, int64_t depth, float* to) {
-    for (int first = 0; first < width; first += LANES) {
-        const X* row[LANES];
-        for (int i = 0; i < LANES; i++) row[i] = rows[std::min(first + i, count - 1)];
-        int64_t k = 0;
-        for (; k + LANES <= depth; k += LANES) {
-            vfloat x[LANES];
-            for (int i = 0; i < LANES; i++) x[i] = load(row[i] + k);
-            transpose(x);
-            for (int i = 0; i < LANES; i++) store(to + (k + i) * width + first, x[i]);
-        }
-        for (; k < depth; k++)
-            for (int i = 0; i < LANES; i++) to[k * width + first + i] = to_float(row[i][k]);
-    }
-}
-
 // ---- experts
 
 // Weights [E, R, depth] and, if they are int8 codes, scales [E, R, groups]; the last axis of both is dense.
@@ -369,12 +185,20 @@ struct Call {
     void* out;
 };
 
+// Tokens of one expert that are multiplied together: places of the sorted order from `first` on. A few of them are rows
+// instead of packed columns: `column` and `width` count those then.
+struct Places : Tile {
+    int expert;
+    bool few;
+    int64_t first;
+};
+
 // Places of a step's (token, expert) pairs sorted by expert, earlier tokens first, cut into tiles.
 struct Plan {
     std::vector<std::int32_t> token;
     std::vector<float> weight;
-    std::vector<Tile> tiles;
-    int64_t columns = 0;
+    std::vector<Places> tiles;
+    int64_t columns = 0, rows = 0;
 
     Plan(const Call& call, int64_t first_token, int64_t num_tokens) {
         const std::int32_t* expert = call.expert + first_token * call.num_active;
@@ -394,11 +218,11 @@ struct Plan {
     void cut(int expert, int64_t first, int64_t end) {
         const bool few = end - first <= FEW;
         while (first < end) {
-            const int count = int(std::min<int64_t>(end - first, WIDTH));
+            const int count = int(std::min<int64_t>(end - first, Product::WIDTH));
             const int width = few ? count : int(round_up(count, LANES));
-            if (!few) columns = round_up(columns, LANES);
-            tiles.push_back({expert, few, count, width, first, columns});
-            first += count, columns += width;
+            int64_t& used = few ? rows : columns;
+            tiles.push_back({{count, width, used}, expert, few, first});
+            first += count, used += width;
         }
     }
 };
@@ -406,7 +230,7 @@ struct Plan {
 // A panel of an expert's gate and up rows and the tiles that it multiplies.
 struct GatePanel {
     int64_t first;
-    std::span<const Tile> tiles;
+    std::span<const Places> tiles;
 };
 
 // One step of a block of tokens: pack, multiply and activate, multiply back, each shared out over the threads.
@@ -414,21 +238,27 @@ class Step {
 public:
     Step(const Call& call, int64_t first_token, int64_t num_tokens, int team)
         : call(call), first_token(first_token), num_tokens(num_tokens), plan(call, first_token, num_tokens),
-          packed(floats(plan.columns * call.width)), hidden(floats(plan.columns * call.inner)) {
-        panel = LARGEST_PANEL;
+          x_parts(call.x_is_float32 ? 3 : 1), hidden_parts(call.x_is_float32 ? 3 : 2),
+          packed(array<Product::Packed>(Product::packed_size(plan.columns, call.width, x_parts))),
+          hidden(array<Product::Packed>(Product::packed_size(plan.columns, call.inner, hidden_parts))),
+          few_x(array<float>(plan.rows * call.width)), few_hidden(array<float>(plan.rows * call.inner)) {
+        panel = Product::PANEL;
         while (panel > 16 && call.width < 4 * team * panel) panel /= 2;
         for (std::size_t i = 0, end; i < plan.tiles.size(); i = end) {
-            for (end = i; end < plan.tiles.size() && end < i + TILES_AT_ONCE && plan.tiles[end].expert == plan.tiles[i].expert;) end++;
+            for (end = i; end < plan.tiles.size() && end < i + Product::TILES_AT_ONCE && plan.tiles[end].expert == plan.tiles[i].expert;) end++;
             chunks.push_back({plan.tiles.data() + i, end - i});
             for (int64_t f = 0; f < call.inner; f += GATE_PANEL) gate_panels.push_back({f, chunks.back()});
         }
-        private_floats = PANEL_ROWS * DEPTH + (PANEL_ROWS + ROWS) * TILES_AT_ONCE * WIDTH + round_up(num_tokens * panel, 16);
-        private_memory = floats(team * private_floats);
+        private_floats = Product::PANEL * Product::TILES_AT_ONCE * Product::WIDTH + round_up(num_tokens * panel, 16);
+        private_memory = array<float>(team * private_floats);
+        panels = array<Product::Packed>(team * Product::PANEL_SIZE);
     }
 
     // Called by every thread of a team.
     void run(int thread) {
         float* mine = private_memory.get() + thread * private_floats;
+        Product::Packed* wide = panels.get() + thread * Product::PANEL_SIZE;
+        const Product::Session session;
 #pragma omp for schedule(dynamic)
         for (std::size_t i = 0; i < plan.tiles.size(); i++) {
             if (call.x_is_float32) pack_tile<float>(plan.tiles[i]);
@@ -436,28 +266,32 @@ public:
         }
 #pragma omp for schedule(dynamic)
         for (std::size_t i = 0; i < gate_panels.size(); i++) {
-            call.gate_up.with_type([&]<class W>(W) { gate<W>(gate_panels[i], mine); });
+            call.gate_up.with_type([&]<class W>(W) { gate<W>(gate_panels[i], wide, mine); });
         }
 #pragma omp for schedule(dynamic)
         for (int64_t d = 0; d < call.width; d += panel) {
-            call.down.with_type([&]<class W>(W) { down<W>(d, mine); });
+            call.down.with_type([&]<class W>(W) { down<W>(d, wide, mine); });
         }
     }
 
 private:
+    Product::Packed* hidden_of(const Tile& tile) {
+        return hidden.get() + Product::packed_size(tile.column, call.inner, hidden_parts);
+    }
+
     template <class X>
-    void pack_tile(const Tile& tile) {
-        const X* row[WIDTH];
+    void pack_tile(const Places& tile) {
+        const X* row[Product::WIDTH];
         for (int i = 0; i < tile.count; i++)
             row[i] = static_cast<const X*>(call.x) + (first_token + plan.token[tile.first + i]) * call.stride_x;
-        float* to = packed.get() + tile.column * call.width;
-        if (!tile.few) return pack(row, tile.count, tile.width, call.width, to);
+        if (!tile.few)
+            return Product::pack(row, tile, call.width, x_parts, packed.get() + Product::packed_size(tile.column, call.width, x_parts));
         for (int i = 0; i < tile.count; i++)
-            for (int64_t k = 0; k < call.width; k++) to[i * call.width + k] = to_float(row[i][k]);
+            for (int64_t k = 0; k < call.width; k++) few_x[(tile.column + i) * call.width + k] = to_float(row[i][k]);
     }
 
     template <class W>
-    void gate(const GatePanel& item, float* mine) {
+    void gate(const GatePanel& item, Product::Packed* wide, float* c) {
         const int count = int(std::min<int64_t>(GATE_PANEL, call.inner - item.first));
         const int expert = item.tiles[0].expert;
         Row<W> row[2 * GATE_PANEL];
@@ -465,16 +299,16 @@ private:
             row[i] = call.gate_up.row<W>(expert, item.first + i);
             row[count + i] = call.gate_up.row<W>(expert, call.inner + item.first + i);
         }
-        float *wide = mine, *c = mine + PANEL_ROWS * DEPTH;
         if (item.tiles[0].few) return gate_few(item, row, count, c);
-        multiply(row, 2 * count, call.width, item.tiles, packed.get(), wide, c);
-        const int64_t padded = round_up(2 * count, ROWS);
+        Product::multiply(row, 2 * count, call.width, item.tiles, packed.get(), x_parts, GATE_PANEL * call.gate_up.stride_row, wide, c);
+        const int64_t padded = round_up(2 * count, Product::ROWS);
         for (const Tile& tile : item.tiles) {
-            float* to = hidden.get() + tile.column * call.inner + item.first * tile.width;
             const float* gates = c + (tile.column - item.tiles[0].column) * padded;
             const float* ups = gates + count * tile.width;
-            for (int i = 0; i < count * tile.width; i += LANES)
-                store(to + i, activate(load(gates + i), load(ups + i), call.alpha, call.limit));
+            Product::pack_channels(item.first, count, tile.width, call.inner, hidden_parts, hidden_of(tile), [&](int i, int column) {
+                const int at = i * tile.width + column;
+                return activate(load(gates + at), load(ups + at), call.alpha, call.limit);
+            });
         }
     }
 
@@ -482,71 +316,53 @@ private:
     void gate_few(const GatePanel& item, const Row<W>* row, int count, float* c) {
         const Tile& tile = item.tiles[0];
         const float* x[FEW] = {};
-        for (int n = 0; n < tile.count; n++) x[n] = packed.get() + tile.column * call.width + n * call.width;
+        for (int n = 0; n < tile.count; n++) x[n] = few_x.get() + (tile.column + n) * call.width;
         few_dots(tile.count, row, 2 * count, x, call.width, c, 1, 2 * GATE_PANEL);
         for (int n = 0; n < tile.count; n++, c += 2 * GATE_PANEL) {
-            float* to = hidden.get() + tile.column * call.inner + n * call.inner + item.first;
+            float* to = few_hidden.get() + (tile.column + n) * call.inner + item.first;
             for (int i = 0; i < count; i += LANES) {
                 const int part = std::min(LANES, count - i);
-                float h[LANES];
-                store(h, activate(load_part(c + i, part), load_part(c + count + i, part), call.alpha, call.limit));
-                for (int j = 0; j < part; j++) to[i + j] = h[j];
+                store_part(to + i, activate(load_part(c + i, part), load_part(c + count + i, part), call.alpha, call.limit), part);
             }
         }
     }
 
     // Columns d.. of the output for every token, expert after expert.
     template <class W>
-    void down(int64_t d, float* mine) {
+    void down(int64_t d, Product::Packed* wide, float* mine) {
         const int count = int(std::min<int64_t>(panel, call.width - d));
-        float *wide = mine, *c = wide + PANEL_ROWS * DEPTH;
-        float* total = c + (PANEL_ROWS + ROWS) * TILES_AT_ONCE * WIDTH;
+        float *c = mine, *total = mine + Product::PANEL * Product::TILES_AT_ONCE * Product::WIDTH;
         std::fill_n(total, num_tokens * panel, 0.0f);
-        for (const auto& tiles : chunks) {
-            Row<W> row[LARGEST_PANEL];
-            for (int i = 0; i < count; i++) row[i] = call.down.row<W>(tiles[0].expert, d + i);
+        for (std::size_t n = 0; n < chunks.size(); n++) {
+            const std::span<const Places> tiles = chunks[n];
+            const int expert = tiles[0].expert, next = chunks[std::min(n + 1, chunks.size() - 1)][0].expert;
+            Row<W> row[Product::PANEL];
+            for (int i = 0; i < count; i++) row[i] = call.down.row<W>(expert, d + i);
             if (tiles[0].few) {
                 down_few(tiles[0], row, count, c, total);
                 continue;
             }
-            multiply(row, count, call.inner, tiles, hidden.get(), wide, c);
-            const int64_t padded = round_up(count, ROWS);
-            for (const Tile& tile : tiles) add(tile, c + (tile.column - tiles[0].column) * padded, count, total);
+            Product::multiply(row, count, call.inner, tiles, hidden.get(), hidden_parts, (next - expert) * call.down.stride_expert, wide, c);
+            const int64_t padded = round_up(count, Product::ROWS);
+            for (const Places& tile : tiles)
+                by_token(tile, c + (tile.column - tiles[0].column) * padded, count, [&](int n, int i, vfloat x, int lanes) {
+                    float* to = total + plan.token[tile.first + n] * panel + i;
+                    store_part(to, load_part(to, lanes) + plan.weight[tile.first + n] * x, lanes);
+                });
         }
         if (call.x_is_float32) write<float>(total, d, count);
         else write<bfloat16>(total, d, count);
     }
 
     template <class W>
-    void down_few(const Tile& tile, const Row<W>* row, int count, float* c, float* total) {
+    void down_few(const Places& tile, const Row<W>* row, int count, float* c, float* total) {
         const float* h[FEW] = {};
-        for (int n = 0; n < tile.count; n++) h[n] = hidden.get() + tile.column * call.inner + n * call.inner;
-        few_dots(tile.count, row, count, h, call.inner, c, 1, LARGEST_PANEL);
+        for (int n = 0; n < tile.count; n++) h[n] = few_hidden.get() + (tile.column + n) * call.inner;
+        few_dots(tile.count, row, count, h, call.inner, c, 1, Product::PANEL);
         for (int n = 0; n < tile.count; n++) {
             float* to = total + plan.token[tile.first + n] * panel;
             const float weight = plan.weight[tile.first + n];
-            for (int i = 0; i < count; i++) to[i] += weight * c[n * LARGEST_PANEL + i];
-        }
-    }
-
-    // total[token] += weight * products of its tile, which stand in columns.
-    void add(const Tile& tile, const float* c, int count, float* total) {
-        for (int first = 0; first < tile.count; first += LANES) {
-            const int tokens = std::min(LANES, tile.count - first);
-            int i = 0;
-            for (; i + LANES <= count; i += LANES) {
-                vfloat x[LANES];
-                for (int j = 0; j < LANES; j++) x[j] = load(c + (i + j) * tile.width + first);
-                transpose(x);
-                for (int n = 0; n < tokens; n++) {
-                    float* to = total + plan.token[tile.first + first + n] * panel + i;
-                    store(to, load(to) + plan.weight[tile.first + first + n] * x[n]);
-                }
-            }
-            for (; i < count; i++)
-                for (int n = 0; n < tokens; n++)
-                    total[plan.token[tile.first + first + n] * panel + i] +=
-                        plan.weight[tile.first + first + n] * c[i * tile.width + first + n];
+            for (int i = 0; i < count; i++) to[i] += weight * c[n * Product::PANEL + i];
         }
     }
 
@@ -554,25 +370,27 @@ private:
     void write(const float* total, int64_t d, int count) {
         for (int64_t t = 0; t < num_tokens; t++, total += panel) {
             X* to = static_cast<X*>(call.out) + (first_token + t) * call.width + d;
-            int i = 0;
-            for (; i + LANES <= count; i += LANES) store(to + i, load(total + i));
-            for (; i < count; i++) to[i] = from_float<X>(total[i]);
+            for (int i = 0; i < count; i += LANES) store_part(to + i, load(total + i), std::min(LANES, count - i));
         }
     }
 
     const Call& call;
     const int64_t first_token, num_tokens;
     const Plan plan;
-    const Floats packed, hidden;
-    std::vector<std::span<const Tile>> chunks;
+    // Hidden channels are not rounded to x's dtype: two parts hold them to far less than the rounding of what comes out.
+    const int x_parts, hidden_parts;
+    const Array<Product::Packed> packed, hidden;
+    const Floats few_x, few_hidden;
+    std::vector<std::span<const Places>> chunks;
     std::vector<GatePanel> gate_panels;
     int64_t panel, private_floats;
     Floats private_memory;
+    Array<Product::Packed> panels;
 };
 
 void run_experts(const Call& call) {
     const int64_t most = FLOATS_AT_ONCE / std::max<int64_t>(1, call.num_active * (call.width + call.inner));
-    const int64_t step = std::clamp<int64_t>(most, WIDTH, TOKENS_AT_ONCE);
+    const int64_t step = std::clamp<int64_t>(most, Product::WIDTH, TOKENS_AT_ONCE);
     for (int64_t first = 0; first < call.tokens; first += step) {
         const int64_t count = std::min(step, call.tokens - first);
         const int team = count * call.num_active * call.width * call.inner * 3 < SERIAL ? 1 : call.threads;
@@ -646,31 +464,31 @@ void run_route(const Routing& routing, const X* x, int64_t stride_x, int64_t num
     if (num_tokens == 0) return;
     const int num_experts = routing.num_experts;
     const int team = num_tokens * num_experts * depth < SERIAL ? 1 : threads;
-    const int64_t logits = round_up(num_experts, ROWS) * WIDTH;
+    const int64_t logits = round_up(num_experts, Fma::ROWS) * Fma::WIDTH;
     if (num_tokens <= FEW) {
-        const Floats memory = floats(logits + num_experts * LANES);
+        const Floats memory = array<float>(logits + num_experts * LANES);
         std::fill_n(memory.get(), num_experts * LANES, 0.0f);
         const X* row[FEW] = {};
         for (int64_t i = 0; i < num_tokens; i++) row[i] = x + i * stride_x;
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-        for (int e = 0; e < num_experts; e += ROWS)
-            few_dots(int(num_tokens), rows + e, std::min(ROWS, num_experts - e), row, depth, memory.get() + e * LANES, LANES, 1);
+        for (int e = 0; e < num_experts; e += Fma::ROWS)
+            few_dots(int(num_tokens), rows + e, std::min(Fma::ROWS, num_experts - e), row, depth, memory.get() + e * LANES, LANES, 1);
         routing.choose(memory.get(), int(num_tokens), LANES, 0, memory.get() + logits);
         return;
     }
-    const int64_t private_floats = round_up(depth * WIDTH + logits + num_experts * LANES, 16);
-    const Floats private_memory = floats(team * private_floats);
+    const int64_t private_floats = round_up(depth * Fma::WIDTH + logits + num_experts * LANES, 16);
+    const Floats private_memory = array<float>(team * private_floats);
 #pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
-    for (int64_t first = 0; first < num_tokens; first += WIDTH) {
+    for (int64_t first = 0; first < num_tokens; first += Fma::WIDTH) {
         float* packed = private_memory.get() + omp_get_thread_num() * private_floats;
-        float* logit = packed + depth * WIDTH;
-        const int count = int(std::min<int64_t>(WIDTH, num_tokens - first));
-        const Tile tile{0, false, count, int(round_up(count, LANES)), first, 0};
-        const X* row[WIDTH];
+        float* logit = packed + depth * Fma::WIDTH;
+        const int count = int(std::min<int64_t>(Fma::WIDTH, num_tokens - first));
+        const Tile tile{count, int(round_up(count, LANES)), 0};
+        const X* row[Fma::WIDTH];
         for (int i = 0; i < count; i++) row[i] = x + (first + i) * stride_x;
-        pack(row, count, tile.width, depth, packed);
-        for (int e = 0; e < num_experts; e += PANEL_ROWS)
-            multiply(rows + e, std::min(PANEL_ROWS, num_experts - e), depth, {&tile, 1}, packed, nullptr, logit + e * tile.width);
+        Fma::pack(row, tile, depth, 1, packed);
+        for (int e = 0; e < num_experts; e += Fma::PANEL)
+            Fma::multiply(rows + e, std::min(Fma::PANEL, num_experts - e), depth, std::span(&tile, 1), packed, 1, 0, nullptr, logit + e * tile.width);
         routing.choose(logit, count, tile.width, first, logit + logits);
     }
 }
@@ -719,13 +537,10 @@ void swiglu(const Tensor& gate_up, float alpha, float limit, const Tensor& out, 
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
         for (int64_t r = 0; r < rows; r++) {
             const T *gate = from + r * gate_up.stride(0), *up = gate + inner;
-            int64_t i = 0;
-            for (; i + LANES <= inner; i += LANES)
-                store(to + r * inner + i, activate(load(gate + i), load(up + i), alpha, limit));
-            if (i == inner) continue;
-            float rest[LANES];
-            store(rest, activate(load_part(gate + i, inner - i), load_part(up + i, inner - i), alpha, limit));
-            for (int64_t j = i; j < inner; j++) to[r * inner + j] = from_float<T>(rest[j - i]);
+            for (int64_t i = 0; i < inner; i += LANES) {
+                const int64_t part = std::min<int64_t>(LANES, inner - i);
+                store_part(to + r * inner + i, activate(load_part(gate + i, part), load_part(up + i, part), alpha, limit), part);
+            }
         }
     });
 }

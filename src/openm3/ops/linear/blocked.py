@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.ops.linear.quantised import QuantisedWeight, Weight, dequantise
+from openm3.ops.linear.quantised import Weight, dequantise
 
 PANEL = 1 << 18
 """Weights widened at a time: 1 MB in float32, which stays in a core's cache until it is used."""
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    return F.linear(x, weight) if isinstance(weight, Tensor) else panels(x, weight, dequantise)
-
-
-def panels(x: Tensor, weight: QuantisedWeight, widen: Callable[[QuantisedWeight], Tensor]) -> Tensor:
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
     outputs, inputs = weight.shape
     wide = x.float()
     step = max(1, PANEL // inputs)
-    parts = [F.linear(wide, widen(weight.at(slice(first, first + step)))) for first in range(0, outputs, step)]
+    parts = [F.linear(wide, dequantise(weight.at(slice(first, first + step)))) for first in range(0, outputs, step)]
     return torch.cat(parts, -1).to(x.dtype) if parts else x.new_zeros((*x.shape[:-1], 0))
 
 

@@ -1,46 +1,42 @@
-// x @ weight^T for a few tokens: the weight is read once, whatever its form, and products are summed in float32.
+// x @ weight^T, the weight read as it is stored and products summed in float32.
 //
-// Up to FEW tokens multiply rows as they are stored: one pass, as fast as memory gives them. More tokens share a panel of
-// rows that is widened to float32 in the first-level cache. Every output is summed over LANES partial sums, in an order
-// that depends on nothing but the width: a token's result is the same bits alone and among others.
+// Up to FEW tokens multiply rows as they are stored: one pass, as fast as memory gives them. Up to SOME share a panel of rows
+// that is widened to float32 in the first-level cache. In both, every output is summed over LANES partial sums, in an order
+// that depends on nothing but the width: a token's result is the same bits alone and among others. More tokens are packed
+// (native/product.h), and then a token's result is the same among any number of more than SOME.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "linear/linear.h"
+#include "native/matrix.h"
+#include "native/product.h"
 #include "native/simd.h"
 
 namespace openm3 {
 namespace {
 
 constexpr int FEW = 4;
+// By the types of weights and tokens: as many are multiplied before the parts of a widened weight are made as fast.
+template <class E, class T>
+constexpr int SOME = std::is_same_v<Product, Fma>    ? 32
+                     : std::is_same_v<E, bfloat16> ? FEW
+                     : std::is_same_v<T, float>    ? 16
+                                                   : 8;
 constexpr int PANEL_ROWS = 8;
 constexpr int PANEL_COLUMNS = 512;
+// Packed tokens held at a time.
+constexpr std::int64_t TOKENS_AT_ONCE = 2048;
 // Fewer products than this take no longer than waking another thread.
 constexpr std::int64_t WORTH_A_THREAD = 1 << 17;
 
 // ---- dot products
-
-using openm3::load;
-
-// Whole numbers from int8 codes.
-inline vfloat load(const std::int8_t* p) {
-#if defined(__AVX512F__)
-    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-    typedef std::int8_t vbyte __attribute__((vector_size(LANES)));
-    vbyte x;
-    std::memcpy(&x, p, sizeof x);
-    return __builtin_convertvector(x, vfloat);
-#endif
-}
 
 // Rows of a weight: float32 or bfloat16 values, or int8 codes of which every `group` neighbours share a scale. A group is
 // a multiple of LANES, or the whole row.
@@ -56,14 +52,6 @@ struct Rows {
     const E* row(std::int64_t r) const { return data + r * stride; }
     const float* scales(std::int64_t r) const { return scale + r * scale_stride; }
 };
-
-// The first n < LANES values, zeros behind them.
-template <class E>
-inline vfloat load_part(const E* p, std::int64_t n) {
-    E part[LANES] = {};
-    std::memcpy(part, p, std::size_t(n) * sizeof(E));
-    return load(part);
-}
 
 // Rows that one pass holds in registers beside C tokens.
 constexpr int rows_for(int tokens) { return REGISTERS >= 32 ? (tokens == 1 ? 8 : 16 / tokens) : 8 / tokens; }
@@ -254,9 +242,51 @@ void multiply_widened(const Rows<E>& w, const Tokens& tokens, T* out, int thread
     }
 }
 
+// x @ weight^T for a block of packed tokens, x and out being those of its first one.
 template <class E, class T>
-void multiply(const Rows<E>& w, const Tokens& tokens, T* out, int threads) {
-    if (w.count * w.width * tokens.count < WORTH_A_THREAD) threads = 1;
+void multiply_packed(const Rows<E>& w, const T* x, std::int64_t stride, std::int64_t num_tokens, T* out, int threads) {
+    const int parts = std::is_same_v<T, float> ? 3 : 1;
+    std::vector<Tile> tiles;
+    for (std::int64_t t = 0; t < num_tokens; t += Product::WIDTH) {
+        const int count = int(std::min<std::int64_t>(Product::WIDTH, num_tokens - t));
+        tiles.push_back({count, int(round_up(count, LANES)), t});
+    }
+    const std::int64_t num_tiles = std::int64_t(tiles.size()), chunks = (num_tiles + Product::TILES_AT_ONCE - 1) / Product::TILES_AT_ONCE;
+    int panel = Product::PANEL;
+    while (panel > Product::PANEL / 4 && chunks * w.count < 4 * threads * panel) panel /= 2;
+    const std::int64_t num_panels = (w.count + panel - 1) / panel;
+    const auto packed = array<Product::Packed>(Product::packed_size(round_up(num_tokens, LANES), w.width, parts));
+    const auto panels = array<Product::Packed>(threads * Product::PANEL_SIZE);
+    const std::int64_t products = Product::PANEL * Product::TILES_AT_ONCE * Product::WIDTH;
+    const auto scratch = array<float>(threads * products);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Product::Session session;
+        float* c = scratch.get() + omp_get_thread_num() * products;
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < num_tiles; i++) {
+            const T* row[Product::WIDTH];
+            for (int n = 0; n < tiles[i].count; n++) row[n] = x + (tiles[i].column + n) * stride;
+            Product::pack(row, tiles[i], w.width, parts, packed.get() + Product::packed_size(tiles[i].column, w.width, parts));
+        }
+#pragma omp for schedule(dynamic)
+        for (std::int64_t item = 0; item < chunks * num_panels; item++) {
+            const std::int64_t first_tile = item / num_panels * Product::TILES_AT_ONCE, first = item % num_panels * panel;
+            const std::span chunk(tiles.data() + first_tile, std::min<std::int64_t>(Product::TILES_AT_ONCE, num_tiles - first_tile));
+            const int count = int(std::min<std::int64_t>(panel, w.count - first));
+            Row<E> row[Product::PANEL];
+            for (int i = 0; i < count; i++) row[i] = {w.row(first + i), w.scales(first + i), Rows<E>::coded ? w.group : w.width};
+            Product::multiply(row, count, w.width, std::span<const Tile>(chunk), packed.get(), parts, panel * w.stride,
+                              panels.get() + omp_get_thread_num() * Product::PANEL_SIZE, c);
+            const std::int64_t padded = round_up(count, Product::ROWS);
+            for (const Tile& tile : chunk)
+                Product::write(tile, c + (tile.column - chunk[0].column) * padded, count, out + tile.column * w.count + first, w.count);
+        }
+    }
+}
+
+template <class E, class T>
+void multiply_some(const Rows<E>& w, const Tokens& tokens, T* out, int threads) {
     if (tokens.count == 1) multiply_stored<1>(w, tokens, out, threads);
     else if (tokens.count == 2) multiply_stored<2>(w, tokens, out, threads);
     else if (tokens.count <= FEW) multiply_stored<FEW>(w, tokens, out, threads);
@@ -287,8 +317,14 @@ Rows<E> rows_of(const Tensor& weight, const std::optional<Tensor>& scale) {
 
 template <class E, class T>
 void run(const Rows<E>& w, const Tensor& x, const Tensor& out, int threads) {
-    const Tokens tokens(data_of<const T>(x, "x_TD"), x.stride(0), std::int64_t(x.shape(0)), w.width);
-    if (tokens.count && w.count) multiply(w, tokens, data_of<T>(out, "out"), threads);
+    const T* from = data_of<const T>(x, "x_TD");
+    T* to = data_of<T>(out, "out");
+    const std::int64_t num_tokens = std::int64_t(x.shape(0)), stride = x.stride(0);
+    if (!num_tokens || !w.count) return;
+    if (w.count * w.width * num_tokens < WORTH_A_THREAD) threads = 1;
+    if (num_tokens <= SOME<E, T>) return multiply_some(w, Tokens(from, stride, num_tokens, w.width), to, threads);
+    for (std::int64_t t = 0; t < num_tokens; t += TOKENS_AT_ONCE)
+        multiply_packed(w, from + t * stride, stride, std::min(TOKENS_AT_ONCE, num_tokens - t), to + t * w.count, threads);
 }
 
 template <class E>
@@ -318,21 +354,6 @@ void linear_each(const Tensor& x, const std::vector<Tensor>& weights, const std:
     for (std::size_t i = 0; i < weights.size(); i++) linear(x, weights[i], scales[i], outs[i], threads);
 }
 
-void dequantise(const Tensor& code, const Tensor& scale, const Tensor& out, int threads) {
-    expect(code, "code", 2), expect_dense(out, "out", 2);
-    const auto w = rows_of<std::int8_t>(code, scale);
-    if (std::int64_t(out.shape(0)) != w.count || std::int64_t(out.shape(1)) != w.width)
-        throw std::invalid_argument("out must have the shape of the codes");
-    if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-    float* to = data_of<float>(out, "out");
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t row = 0; row < w.count; row++)
-        for (std::int64_t begin = 0; begin < w.width; begin += w.group) {
-            const float by = w.scales(row)[begin / w.group];
-            for (std::int64_t i = begin; i < begin + w.group; i++) to[row * w.width + i] = float(w.row(row)[i]) * by;
-        }
-}
-
 }  // namespace
 
 void bind_linear(nb::module_& m) {
@@ -340,8 +361,6 @@ void bind_linear(nb::module_& m) {
           nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(), "Fill out with x @ weight^T.");
     m.def("linear_each", &linear_each, nb::arg("x_TD"), nb::arg("weights"), nb::arg("scales"), nb::arg("outs"),
           nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>(), "Fill each of outs with x @ weight^T.");
-    m.def("dequantise", &dequantise, nb::arg("code"), nb::arg("scale"), nb::arg("out"), nb::arg("threads"),
-          nb::call_guard<nb::gil_scoped_release>(), "Fill out with codes times scales.");
 }
 
 }  // namespace openm3

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "matrix.h"
 #include "simd.h"
 
 namespace nb = nanobind;
@@ -43,6 +44,7 @@ static std::vector<std::string> levels() {
 NB_MODULE(OPENM3_MODULE, m) {
     m.doc() = "Native operators of openm3 for one instruction-set level.";
     m.attr("lanes") = openm3::LANES;
+    m.attr("has_tiles") = !std::is_same_v<openm3::Product, openm3::Fma>;
     m.def("levels", &openm3::levels, "Names of the levels that this processor can run, best first.");
     openm3::bind_index(m);
     openm3::bind_attention(m);

@@ -78,7 +78,12 @@ inline vfloat load(const bfloat16* p) {
 inline void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
 
 inline void store(bfloat16* p, vfloat x) {
+#if defined(__AVX512F__)
+    const vint bits = (vint)x, rounded = bits + 0x7fff + ((bits >> 16) & 1), right = x == x ? rounded : bits | 0x400000;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)right, 16)));
+#else
     for (int i = 0; i < LANES; i++) p[i] = to_bfloat16(x[i]);
+#endif
 }
 
 inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }

@@ -396,7 +396,8 @@ public:
         }
         const int vectors = keys_.block / LANES;
 #if defined(__AMX_INT8__)
-        if (q.quads % TILE == 0) {
+        // Few rows wait for memory, and vectors read it faster than tiles.
+        if (q.quads % TILE == 0 && q.rows > MAX_QUERIES) {
             const Tiles tiles;
             if (q.rows > ROWS_TO_READ && vectors % PAGES == 0)
                 scan<1, ROWS>(q, first, last, out, [&](int, auto... to) { tile_maxima<1>(vectors, q.quads, to...); });

@@ -62,6 +62,12 @@ inline vfloat load(const float* p) {
     return x;
 }
 
+inline vint load(const std::int32_t* p) {
+    vint x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
 inline vfloat load(const bfloat16* p) {
 #if defined(__AVX512F__)
     auto half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -140,6 +140,8 @@ public:
         value_ = widened(value, call_.v.stride_b, wide_value_);
     }
 
+    void fetch_ahead() const {}
+
     // Called once when all blocks have passed: what `values` made of a vector becomes [channel][lane].
     void settle(float*) const {}
 
@@ -238,22 +240,22 @@ inline vint pairs_low(vint even, vint odd) { return (vint)_mm512_unpacklo_epi16(
 inline vint pairs_high(vint even, vint odd) { return (vint)_mm512_unpackhi_epi16((__m512i)even, (__m512i)odd); }
 constexpr int paired_channel(int i) { return i / 4 * 8 + i % 4; }
 
-// Memory that will be read next, fetched into the second-level cache line by line between computations.
+// The next block's keys and values, fetched into the second-level cache while this one is computed with. Both at once and
+// a few lines at a time: one stream after the other, or many lines in a row, take up to twice as long.
 struct Ahead {
-    const char *at, *other;
-    int bytes;
-    int left = bytes;
+    static constexpr int LINE = 64;
+    const char *key, *value;
+    int left;  // bytes of each
 
-    void fetch(int lines) {
-        for (int i = 0; i < lines && left > 0; i++, left -= 64, at += 64) __builtin_prefetch(at, 0, 2);
-        if (left <= 0 && other) at = other, other = nullptr, left = bytes;
+    void fetch(int pairs) {
+        for (; pairs > 0 && left > 0; pairs--, left -= LINE, key += LINE, value += LINE)
+            __builtin_prefetch(key, 0, 2), __builtin_prefetch(value, 0, 2);
     }
 };
 
 // The same on matrix tiles, for a cache of bfloat16. Float32 numbers are cut into bfloat16 parts that add up to them, so
 // products stay exact: queries into as many as hold them whole, weights into three where the result is float32, two (an
-// error of 2^-17) where it is bfloat16. C, M x R tiles, lies in registers 0 to 3: four chains of products hide that each
-// takes long. A and B lie in the others.
+// error of 2^-17) where it is bfloat16.
 template <class Q>
 class MatrixScores {
 public:
@@ -284,11 +286,12 @@ public:
         }
     }
 
+    // To be called now and then by whoever computes between products.
+    void fetch_ahead() { ahead_.fetch(1); }
+
     template <int R>
     void scores(const int* vector, int keys, float* const* score) {
-        int s = 0;
-        for (; R == 1 && s < keys && s + 4 * LANES <= call_.block; s += 4 * LANES) key_products<4, R>(s, vector, score);
-        for (; s < keys; s += STEP) key_products<2, R>(s, vector, score);
+        for (int s = 0; s < keys; s += STEP) key_products<R>(s, vector, score);
     }
 
 protected:
@@ -318,15 +321,20 @@ protected:
         }
     }
 
-    // C[m][r] += A[m] * (the sum of the parts of B[r]); tile m of A is m * next numbers on, its rows `stride` numbers apart.
-    template <int M, int R, int PARTS, class T, class F>
-    static void multiply(const T* a, std::int64_t next, std::int64_t stride, F&& b) {
+    void look_ahead(const bfloat16* key, const bfloat16* value) {
+        ahead_ = {reinterpret_cast<const char*>(key), reinterpret_cast<const char*>(value), call_.block * call_.width * 2};
+    }
+
+    // C[m][r] += A[m] * (the sum of the parts of B[r]) for two tiles of A, the second `next` numbers on, rows `stride` apart.
+    template <int R, int PARTS, class T, class F>
+    void multiply(const T* a, std::int64_t next, std::int64_t stride, F&& b) {
+        unroll<2>([&](auto m) { tile_load<4 + m>(a + m * next, stride * 2); });
         unroll<PARTS>([&](auto p) {
             unroll<R>([&](auto r) {
-                tile_load<B<R>(r)>(b(r, p), TILE_ROW_BYTES);
-                unroll<M>([&](auto m) {
-                    if constexpr (M > 3 || (p == 0 && r == 0)) tile_load<A<R>(m)>(a + m * next, stride * 2);
-                    tile_product<m * R + r, A<R>(m), B<R>(r)>();
+                tile_load<6 + r>(b(r, p), TILE_ROW_BYTES);
+                unroll<2>([&](auto m) {
+                    tile_product<m * R + r, 4 + m, 6 + r>();
+                    ahead_.fetch(6);
                 });
             });
         });
@@ -337,23 +345,17 @@ protected:
     Ahead ahead_{};
 
 private:
-    // Keys 16 M from `first` on.
-    template <int M, int R>
+    // STEP keys from `first` on.
+    template <int R>
     void key_products(int first, const int* vector, float* const* score) {
-        unroll<M * R>([](auto i) { tile_zero<i>(); });
+        unroll<2 * R>([](auto i) { tile_zero<i>(); });
         const bfloat16* key = key_ + first * call_.k.stride_b;
         for (int h = 0; h < call_.width; h += STEP) {
-            ahead_.fetch(8 * M);
-            multiply<M, R, QUERY_PARTS>(key + h, LANES * call_.k.stride_b, call_.k.stride_b,
+            multiply<R, QUERY_PARTS>(key + h, LANES * call_.k.stride_b, call_.k.stride_b,
                                         [&](int r, int p) { return query(vector[r], p) + h * LANES; });
         }
-        unroll<M * R>([&](auto i) { tile_store<i>(score[i % R] + (first + i / R * LANES) * LANES, TILE_ROW_BYTES); });
+        unroll<2 * R>([&](auto i) { tile_store<i>(score[i % R] + (first + i / R * LANES) * LANES, TILE_ROW_BYTES); });
     }
-
-    template <int R>
-    static constexpr int A(int m) { return 4 + m % (R == 1 ? 3 : 2); }
-    template <int R>
-    static constexpr int B(int r) { return R == 1 ? 7 : 6 + r; }
 
     // [width / 2][lane][2]
     std::uint16_t* query(int v, int p) const { return query_ + (std::size_t(v) * QUERY_PARTS + p) * LANES * call_.width; }
@@ -393,10 +395,9 @@ public:
 
     void open(const bfloat16* key, const bfloat16* value, int keys, const bfloat16* next_key, const bfloat16* next_value) {
         Base::key_ = key;
-        ahead_ = {reinterpret_cast<const char*>(next_value), reinterpret_cast<const char*>(next_key), call_.block * call_.width * 2};
+        Base::look_ahead(next_key, next_value);
         for (int s = 0; s < keys; s += STEP)
             for (int h = 0; h < call_.width; h += STEP) {
-                ahead_.fetch(20);
                 transpose_values(value, s, std::min(STEP, keys - s), h);
             }
     }
@@ -412,25 +413,22 @@ public:
             if (bits(share[r] != 1.0f))
                 for (int h = 0; h < call_.width; h++) store(out[r] + h * LANES, load(out[r] + h * LANES) * share[r]);
         }
-        int h = 0;
-        for (; R == 1 && h + 4 * LANES <= call_.width; h += 4 * LANES) value_products<4, R>(h, keys, out);
-        for (; h < call_.width; h += STEP) value_products<2, R>(h, keys, out);
+        for (int h = 0; h < call_.width; h += STEP) value_products<R>(h, keys, out);
     }
 
     void settle(float*) const {}
 
 private:
-    // Channels 16 M from `first` on.
-    template <int M, int R>
+    // STEP channels from `first` on.
+    template <int R>
     void value_products(int first, int keys, float* const* out) {
         const auto place = [&](int i) { return out[i % R] + (first + i / R * LANES) * LANES; };
-        unroll<M * R>([&](auto i) { tile_load<i>(place(i), TILE_ROW_BYTES); });
+        unroll<2 * R>([&](auto i) { tile_load<i>(place(i), TILE_ROW_BYTES); });
         for (int s = 0; s < keys; s += STEP) {
-            ahead_.fetch(6 * M);
-            Base::template multiply<M, R, WEIGHT_PARTS>(value_ + std::size_t(first) * call_.block + s, LANES * call_.block, call_.block,
+            Base::template multiply<R, WEIGHT_PARTS>(value_ + std::size_t(first) * call_.block + s, LANES * call_.block, call_.block,
                                                         [&](int r, int p) { return part(r, p) + s * LANES; });
         }
-        unroll<M * R>([&](auto i) { tile_store<i>(place(i), TILE_ROW_BYTES); });
+        unroll<2 * R>([&](auto i) { tile_store<i>(place(i), TILE_ROW_BYTES); });
     }
 
     // value_[h][key] for STEP keys and channels; keys that nobody sees, whatever lies there, as zeros.
@@ -477,7 +475,7 @@ public:
 
     void open(const bfloat16* key, const bfloat16* value, int, const bfloat16* next_key, const bfloat16* next_value) {
         Base::key_ = key, value_ = value;
-        ahead_ = {reinterpret_cast<const char*>(next_key), reinterpret_cast<const char*>(next_value), call_.block * call_.width * 2};
+        Base::look_ahead(next_key, next_value);
     }
 
     template <int R>
@@ -490,7 +488,6 @@ public:
             float* to = out[0] + h * LANES;
             unroll<4>([&](auto i) { tile_load<i>(to + i * LANES * LANES, TILE_ROW_BYTES); });
             for (int s = 0; s < keys; s += STEP) {
-                ahead_.fetch(24);
                 std::uint16_t* pairs = pairs_ + s / STEP % 2 * STEP * WIDE;
                 pair_values(s, std::min(STEP, keys - s), h, pairs);
                 unroll<WEIGHT_PARTS>([&](auto p) { tile_load<4 + p>(weight_ + std::size_t(p) * LANES * call_.block + s, call_.block * 2); });
@@ -519,8 +516,10 @@ private:
     // weight_[part][lane][key] for STEP keys.
     void cut_weights(const float* weight, int first, int keys) {
         vint pair[LANES][WEIGHT_PARTS];
-        for (int i = 0, s = first; i < LANES; i++, s += 2)
+        for (int i = 0, s = first; i < LANES; i++, s += 2) {
+            ahead_.fetch(1);
             Base::cut(s < keys ? load(weight + s * LANES) : vfloat{}, s + 1 < keys ? load(weight + (s + 1) * LANES) : vfloat{}, pair[i]);
+        }
         for (int p = 0; p < WEIGHT_PARTS; p++) {
             vint row[LANES];
             for (int i = 0; i < LANES; i++) row[i] = pair[i][p];
@@ -530,14 +529,16 @@ private:
     }
 
     // Neighbouring keys' values side by side, in four tiles; keys that nobody sees, whatever lies there, as zeros.
-    void pair_values(int first, int keys, int h, std::uint16_t* to) const {
+    void pair_values(int first, int keys, int h, std::uint16_t* to) {
         const bfloat16* row = value_ + first * call_.v.stride_b + h;
-        for (int i = 0; i < LANES; i++, row += 2 * call_.v.stride_b, to += STEP)
+        for (int i = 0; i < LANES; i++, row += 2 * call_.v.stride_b, to += STEP) {
+            ahead_.fetch(1);
             for (int half = 0; half < 2; half++) {
                 const bfloat16* at = row + half * STEP;
                 const vint even = 2 * i < keys ? load_words(at) : vint{}, odd = 2 * i + 1 < keys ? load_words(at + call_.v.stride_b) : vint{};
                 store_words(to + (2 * half) * LANES * STEP, pairs_low(even, odd)), store_words(to + (2 * half + 1) * LANES * STEP, pairs_high(even, odd));
             }
+        }
     }
 
     std::uint16_t *weight_, *pairs_;
@@ -747,6 +748,7 @@ private:
         const vfloat base = top == -INF ? splat(0.0f) : top;
         vfloat total{};
         for (int s = 0; s < keys; s++) {
+            products_.fetch_ahead();
             const vfloat p = exp(load(score + s * LANES) - base);
             store(score + s * LANES, p);
             total += p;

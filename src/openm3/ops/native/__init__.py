@@ -81,10 +81,11 @@ def table(page_RP: Tensor) -> Tensor:
     return page_RP.to(torch.int32).contiguous()
 
 
-def prefer_huge_pages(x: Tensor) -> None:
-    """Ask for huge pages under a dense tensor that nothing was written to yet: long scans of it translate less."""
+def on_huge_pages(x: Tensor) -> Tensor:
+    """Ask for huge pages under a dense tensor that nothing was written to yet: reads all over it translate less."""
     if missing() is None and x.device.type == "cpu":
         loaded().prefer_huge_pages(x)
+    return x
 
 
 def described() -> str:

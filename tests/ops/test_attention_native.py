@@ -1,5 +1,6 @@
 """Native attention at every instruction-set level, in both dtypes, with its log-sum-exp and whatever the threads."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -67,6 +68,40 @@ def test_queries_and_cache_may_differ_in_dtype(mixed: tuple[torch.dtype, torch.d
     out_TNH = own.sparse_attention(*keys(p), p.block_TGK, SCALE)
     assert out_TNH.dtype == query
     assert_as_good(out_TNH, plain_TNH, truth_TNH)
+
+
+WIDE = PackedCase(
+    name="wide", num_tokens=(1, 5, 40, 0), lengths=(400, 300, 333, 40), num_selected=3, heads_per_group=16
+)
+
+
+@pytest.mark.parametrize("query", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("head_dim", "heads"), [(32, 16), (64, 16), (96, 16), (128, 16), (192, 3), (64, 20), (128, 1)])
+def test_widths_that_fill_matrix_tiles(head_dim: int, heads: int, query: torch.dtype) -> None:
+    p = packed(dataclasses.replace(WIDE, head_dim=head_dim, heads_per_group=heads), dtype=torch.bfloat16)
+    p = p._replace(q_TNH=p.q_TNH.to(query))
+    truth_TNH, truth_TN = reference.sparse_attention(*keys(wide(p)), p.block_TGK, SCALE)
+    plain_TNH, _ = reference.sparse_attention(*keys(p), p.block_TGK, SCALE)
+    out_TNH, lse_TN = own.sparse_attention_lse(*keys(p), p.block_TGK, SCALE)
+    assert_as_good(out_TNH, plain_TNH, truth_TNH)
+    torch.testing.assert_close(lse_TN.double(), truth_TN, rtol=0, atol=1e-5)
+    truth_TNH, _ = reference.dense_attention(*keys(wide(p)), SCALE)
+    plain_TNH, _ = reference.dense_attention(*keys(p), SCALE)
+    assert_as_good(own.dense_attention(*keys(p), SCALE), plain_TNH, truth_TNH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 4, 40])
+def test_what_lies_behind_the_last_key_is_never_seen(num_tokens: int, dtype: torch.dtype) -> None:
+    case = PackedCase(name="stale", num_tokens=(num_tokens,), lengths=(1000,), head_dim=64, heads_per_group=16)
+    p = packed(case, dtype=dtype)
+    wanted = own.sparse_attention(*keys(p), p.block_TGK, SCALE)
+    last = int(p.where[0][0, 1000 // 128])
+    k_MGBH, v_MGBH = p.k_MGBH.clone(), p.v_MGBH.clone()
+    k_MGBH[last, :, 1000 % 128 :] = math.nan
+    v_MGBH[last, :, 1000 % 128 :] = math.inf
+    stale = p._replace(k_MGBH=k_MGBH, v_MGBH=v_MGBH)
+    assert torch.equal(own.sparse_attention(*keys(stale), p.block_TGK, SCALE), wanted)
 
 
 def test_pages_may_lie_in_any_order_of_axes() -> None:

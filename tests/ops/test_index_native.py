@@ -100,6 +100,15 @@ def test_codes_change_nothing(case: PackedCase) -> None:
     assert torch.equal(select_blocks(p.index_q_TGJ, p.index_k_MBJ, *p.where, **counts, codes=codes), plain)
 
 
+@pytest.mark.parametrize("width", [2, 64])
+def test_a_million_tokens_select_by_the_definition(width: int) -> None:
+    """Widths that matrix tiles take and that they do not."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = whole((2, 4, width), generator), whole(((1 << 20) // B, B, width), generator).bfloat16()
+    call = one_request(q.bfloat16(), k, 1 << 20)
+    assert torch.equal(select_blocks(*call, codes=codes_of(k)), reference.select_blocks(*call, 16, 1))
+
+
 def test_bounds_hold() -> None:
     """Every product of a query with a key is as close to that of their codes as the page's bounds say."""
     generator = torch.Generator().manual_seed(0)

@@ -23,6 +23,7 @@ from openm3.ops.attention import dense_attention, sparse_attention
 from openm3.ops.cases import PackedCase, random_blocks
 from openm3.ops.dispatch import use
 from openm3.ops.index import encode_pages, new_codes, select_blocks
+from openm3.ops.native import on_huge_pages
 
 K, M = 1 << 10, 1 << 20
 _DTYPE = torch.bfloat16
@@ -230,8 +231,8 @@ def _where(shape: PackedCase, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Normal numbers in bfloat16, as keys and queries are after their norms."""
-    x = torch.empty(tuple(shape), dtype=_DTYPE)
+    """Normal numbers in bfloat16, as keys and queries are after their norms; on huge pages, as a model's pools are."""
+    x = on_huge_pages(torch.empty(tuple(shape), dtype=_DTYPE))
     tile = torch.randn(min(_TILE, x.numel()), generator=generator).to(_DTYPE)
     for part in x.view(-1).split(_TILE):
         part.copy_(tile[: part.shape[0]])

@@ -15,6 +15,7 @@ from openm3.model.moe import Mlp, Moe
 from openm3.ops.cache import Pool
 from openm3.ops.index import new_codes
 from openm3.ops.linear import linear
+from openm3.ops.native import on_huge_pages
 from openm3.ops.norm import rms_norm, rotary_table
 
 
@@ -80,8 +81,9 @@ class Network(nn.Module):
         c = self.config
         pools = []
         for kind in c.layer_types:
-            k_MGBH = torch.zeros((num_pages, c.num_groups, BLOCK, c.head_dim), dtype=dtype)
+            shape = (num_pages, c.num_groups, BLOCK, c.head_dim)
+            k_MGBH, v_MGBH = (on_huge_pages(torch.zeros(shape, dtype=dtype)) for _ in range(2))
             index_k_MBJ = torch.zeros((num_pages, BLOCK, c.index_dim), dtype=dtype) if kind == "sparse" else None
-            codes = None if index_k_MBJ is None else new_codes(index_k_MBJ)
-            pools.append(Pool(k_MGBH, torch.zeros_like(k_MGBH), index_k_MBJ, codes))
+            codes = None if index_k_MBJ is None else new_codes(on_huge_pages(index_k_MBJ))
+            pools.append(Pool(k_MGBH, v_MGBH, index_k_MBJ, codes))
         return pools

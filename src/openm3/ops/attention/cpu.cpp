@@ -9,21 +9,17 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "native/amx.h"
 #include "native/simd.h"
 #include "native/tensors.h"
 
 namespace openm3 {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int ROWS = 8, MAX_TOGETHER = 3;
-#else
-constexpr int ROWS = 4, MAX_TOGETHER = 2;
-#endif
-// Keys, or channels, multiplied together with R vectors: as many as keep the multipliers busy.
-constexpr int rows_with(int r) { return r == 1 ? 2 * ROWS : ROWS; }
 // What a tile's queries and accumulators may take of the second-level cache.
 constexpr std::int64_t TILE_BYTES = 1 << 20;
 constexpr int MAX_TILE_TOKENS = 256;
@@ -76,6 +72,10 @@ struct Task {
     std::int64_t partial;
 };
 
+std::size_t partial_floats(const Call& call, const Packing& packing, int tokens) {
+    return std::size_t(packing.count(tokens)) * LANES * (call.width + 2);
+}
+
 // One block and a vector with rows that read it: bit i for the vector's i-th token.
 struct Member {
     std::int32_t block, vector;
@@ -108,51 +108,460 @@ private:
 
 // ---- products
 
-// score[r][key][lane] = scale * sum over h of key[h] * query[r][h][lane], for N keys and R vectors.
-template <int N, int R>
-inline void key_products(const float* key, std::int64_t stride, float* const* query, int width, float scale, float* const* score) {
-    vfloat total[N][R] = {};
-    for (int h = 0; h < width; h++) {
-        vfloat q[R];
-        for (int r = 0; r < R; r++) q[r] = load(query[r] + h * LANES);
-        for (int i = 0; i < N; i++) {
-            const vfloat k = splat(key[i * stride + h]);
-            for (int r = 0; r < R; r++) total[i][r] += k * q[r];
-        }
+// A block's products with query rows, in ordinary vector arithmetic.
+template <class T, class Q>
+class VectorProducts {
+public:
+    // How many vectors of rows are multiplied at once.
+    static constexpr int TOGETHER = LANES == 16 ? 3 : 2;
+
+    struct Session {};
+
+    VectorProducts(const Call& call, int vectors, Scratch& scratch)
+        : call_(call),
+          query_(scratch.take(std::size_t(vectors) * LANES * call.width)),
+          wide_key_(scratch.take(std::size_t(call.block) * call.width)),
+          wide_value_(scratch.take(std::size_t(call.block) * call.width)) {}
+
+    static std::size_t floats(const Call& call, int vectors) {
+        return std::size_t(vectors) * LANES * call.width + 2 * std::size_t(call.block) * call.width + 48;
     }
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < N; i++) store(score[r] + i * LANES, total[i][r] * scale);
+
+    // Vector v is to hold these rows; null for zeros.
+    void read(int v, const Q* const* row) {
+        float* to = query_ + std::size_t(v) * LANES * call_.width;
+        for (int n = 0; n < LANES; n++)
+            for (int h = 0; h < call_.width; h++) to[h * LANES + n] = row[n] ? to_float(row[n][h]) : 0.0f;
+    }
+
+    // From here on this block is meant, of which rows see at most `keys` keys; the next one comes after it.
+    void open(const T* key, const T* value, int, const T*, const T*) {
+        key_ = widened(key, call_.k.stride_b, wide_key_);
+        value_ = widened(value, call_.v.stride_b, wide_value_);
+    }
+
+    void fetch_ahead() const {}
+
+    // Called once when all blocks have passed: what `values` made of a vector becomes [channel][lane].
+    void settle(float*) const {}
+
+    // score[r][key][lane] = sum over h of key[h] * query[vector[r]][h][lane].
+    template <int R>
+    void scores(const int* vector, int keys, float* const* score) const {
+        constexpr int N = rows_with(R);
+        const float* query[R];
+        for (int r = 0; r < R; r++) query[r] = query_ + std::size_t(vector[r]) * LANES * call_.width;
+        int s = 0;
+        for (; s < keys && s + N <= call_.block; s += N) key_products<N, R>(s, query, score);
+        for (; s < keys; s++) key_products<1, R>(s, query, score);
+    }
+
+    // out[r][h][lane] = out * share[r] + sum over keys of value[key][h] * weight[r][key][lane].
+    template <int R>
+    void values(const float* const* weight, int keys, const vfloat* share, float* const* out) const {
+        constexpr int N = rows_with(R);
+        int h = 0;
+        for (; h + N <= call_.width; h += N) value_products<N, R>(h, weight, keys, share, out);
+        for (; h < call_.width; h++) value_products<1, R>(h, weight, keys, share, out);
+    }
+
+private:
+    // Keys, or channels, multiplied together with R vectors: as many as keep the multipliers busy.
+    static constexpr int rows_with(int r) { return (r == 1 ? 2 : 1) * (LANES == 16 ? 8 : 4); }
+
+    struct Rows {
+        const float* data;
+        std::int64_t stride;
+    };
+
+    // Rows as floats, converted if they are not.
+    Rows widened(const T* from, std::int64_t stride, float* wide) const {
+        if constexpr (std::is_same_v<T, float>) return {from, stride};
+        for (int s = 0; s < call_.block; s++) {
+            const T* row = from + s * stride;
+            float* to = wide + std::int64_t(s) * call_.width;
+            int h = 0;
+            for (; h + LANES <= call_.width; h += LANES) store(to + h, load(row + h));
+            for (; h < call_.width; h++) to[h] = to_float(row[h]);
+        }
+        return {wide, call_.width};
+    }
+
+    template <int N, int R>
+    void key_products(int first, const float* const* query, float* const* score) const {
+        const float* key = key_.data + first * key_.stride;
+        vfloat total[N][R] = {};
+        for (int h = 0; h < call_.width; h++) {
+            vfloat q[R];
+            for (int r = 0; r < R; r++) q[r] = load(query[r] + h * LANES);
+            for (int i = 0; i < N; i++) {
+                const vfloat k = splat(key[i * key_.stride + h]);
+                for (int r = 0; r < R; r++) total[i][r] += k * q[r];
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < N; i++) store(score[r] + (first + i) * LANES, total[i][r]);
+    }
+
+    template <int N, int R>
+    void value_products(int first, const float* const* weight, int keys, const vfloat* share, float* const* out) const {
+        const float* value = value_.data + first;
+        vfloat total[N][R] = {};
+        for (int s = 0; s < keys; s++) {
+            vfloat p[R];
+            for (int r = 0; r < R; r++) p[r] = load(weight[r] + s * LANES);
+            for (int i = 0; i < N; i++) {
+                const vfloat v = splat(value[s * value_.stride + i]);
+                for (int r = 0; r < R; r++) total[i][r] += v * p[r];
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < N; i++) {
+                float* to = out[r] + (first + i) * LANES;
+                store(to, load(to) * share[r] + total[i][r]);
+            }
+    }
+
+    const Call& call_;
+    float *query_, *wide_key_, *wide_value_;
+    Rows key_{}, value_{};
+};
+
+#if defined(__AMX_BF16__)
+
+// f(0), f(1), .. f(N - 1), each a constant.
+template <int N, class F>
+inline void unroll(F&& f) {
+    [&]<int... i>(std::integer_sequence<int, i...>) { (f(std::integral_constant<int, i>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-// out[r][i][lane] = out * share[r] + sum over keys of value[key][i] * weight[r][key][lane], for N of the width.
-template <int N, int R>
-inline void value_products(const float* value, std::int64_t stride, float* const* weight, int keys, const vfloat* share, float* const* out) {
-    vfloat total[N][R] = {};
-    for (int s = 0; s < keys; s++) {
-        vfloat p[R];
-        for (int r = 0; r < R; r++) p[r] = load(weight[r] + s * LANES);
-        for (int i = 0; i < N; i++) {
-            const vfloat v = splat(value[s * stride + i]);
-            for (int r = 0; r < R; r++) total[i][r] += v * p[r];
+// Two rows of 32 words become pairs of words: of channels paired_channel(0), (1), .. of the rows, and of those 4 further on.
+inline vint pairs_low(vint even, vint odd) { return (vint)_mm512_unpacklo_epi16((__m512i)even, (__m512i)odd); }
+inline vint pairs_high(vint even, vint odd) { return (vint)_mm512_unpackhi_epi16((__m512i)even, (__m512i)odd); }
+constexpr int paired_channel(int i) { return i / 4 * 8 + i % 4; }
+
+// The next block's keys and values, fetched into the second-level cache while this one is computed with. Both at once and
+// a few lines at a time: one stream after the other, or many lines in a row, take up to twice as long.
+struct Ahead {
+    static constexpr int LINE = 64;
+    const char *key, *value;
+    int left;  // bytes of each
+
+    void fetch(int pairs) {
+        for (; pairs > 0 && left > 0; pairs--, left -= LINE, key += LINE, value += LINE)
+            __builtin_prefetch(key, 0, 2), __builtin_prefetch(value, 0, 2);
+    }
+};
+
+// The same on matrix tiles, for a cache of bfloat16. Float32 numbers are cut into bfloat16 parts that add up to them, so
+// products stay exact: queries into as many as hold them whole, weights into three where the result is float32, two (an
+// error of 2^-17) where it is bfloat16.
+template <class Q>
+class MatrixScores {
+public:
+    // What a thread needs while it multiplies.
+    using Session = Tiles;
+
+    void read(int v, const Q* const* row) {
+        std::uint16_t* to = query(v, 0);
+        for (int h = 0; h < call_.width; h += STEP) {
+            vint part[QUERY_PARTS][LANES];
+            for (int n = 0; n < LANES; n++) {
+                if constexpr (QUERY_PARTS == 1) {
+                    part[0][n] = row[n] ? load_words(row[n] + h) : vint{};
+                } else {
+                    vfloat low{}, high{};
+                    if (row[n]) low = load(row[n] + h), high = load(row[n] + h + LANES);
+                    for (int p = 0; p < QUERY_PARTS; p++) {
+                        const vint a = top_half(low), b = top_half(high);
+                        part[p][n] = top_words(a, b);
+                        low -= (vfloat)a, high -= (vfloat)b;
+                    }
+                }
+            }
+            for (int p = 0; p < QUERY_PARTS; p++) {
+                transpose(part[p]);
+                for (int i = 0; i < LANES; i++) store_words(to + (std::size_t(p) * call_.width + h + 2 * i) * LANES, part[p][i]);
+            }
         }
     }
-    for (int i = 0; i < N; i++)
-        for (int r = 0; r < R; r++) store(out[r] + i * LANES, load(out[r] + i * LANES) * share[r] + total[i][r]);
-}
+
+    // To be called now and then by whoever computes between products.
+    void fetch_ahead() { ahead_.fetch(1); }
+
+    template <int R>
+    void scores(const int* vector, int keys, float* const* score) {
+        for (int s = 0; s < keys; s += STEP) key_products<R>(s, vector, score);
+    }
+
+protected:
+    static constexpr int STEP = 32;  // numbers of the inner axis in one tile product
+    static constexpr int QUERY_PARTS = std::is_same_v<Q, float> ? 3 : 1, WEIGHT_PARTS = std::is_same_v<Q, float> ? 3 : 2;
+
+    MatrixScores(const Call& call, int vectors, Scratch& scratch)
+        : call_(call), query_(halves(scratch, std::size_t(vectors) * QUERY_PARTS * LANES * call.width)) {}
+
+    static std::size_t query_floats(const Call& call, int vectors) {
+        return std::size_t(vectors) * QUERY_PARTS * LANES * call.width / 2 + 16;
+    }
+
+    static std::uint16_t* halves(Scratch& scratch, std::size_t count) {
+        return reinterpret_cast<std::uint16_t*>(scratch.take((count + 1) / 2));
+    }
+    static vint load_words(const void* p) { return (vint)_mm512_loadu_si512(p); }
+    static void store_words(void* p, vint x) { _mm512_storeu_si512(p, (__m512i)x); }
+
+    // Weights of two keys as pairs of bfloat16 numbers, part by part.
+    static void cut(vfloat even, vfloat odd, vint (&pair)[WEIGHT_PARTS]) {
+        for (int p = 0; p < WEIGHT_PARTS; p++) {
+            if (WEIGHT_PARTS == 2 && p == 1) even = rounded(even), odd = rounded(odd);
+            const vint a = top_half(even), b = top_half(odd);
+            pair[p] = (vint)_mm512_srli_epi32((__m512i)a, 16) | b;
+            even -= (vfloat)a, odd -= (vfloat)b;
+        }
+    }
+
+    void look_ahead(const bfloat16* key, const bfloat16* value) {
+        ahead_ = {reinterpret_cast<const char*>(key), reinterpret_cast<const char*>(value), call_.block * call_.width * 2};
+    }
+
+    // C[m][r] += A[m] * (the sum of the parts of B[r]) for two tiles of A, the second `next` numbers on, rows `stride` apart.
+    template <int R, int PARTS, class T, class F>
+    void multiply(const T* a, std::int64_t next, std::int64_t stride, F&& b) {
+        unroll<2>([&](auto m) { tile_load<4 + m>(a + m * next, stride * 2); });
+        unroll<PARTS>([&](auto p) {
+            unroll<R>([&](auto r) {
+                tile_load<6 + r>(b(r, p), TILE_ROW_BYTES);
+                unroll<2>([&](auto m) {
+                    tile_product<m * R + r, 4 + m, 6 + r>();
+                    ahead_.fetch(6);
+                });
+            });
+        });
+    }
+
+    const Call& call_;
+    const bfloat16* key_ = nullptr;
+    Ahead ahead_{};
+
+private:
+    // STEP keys from `first` on.
+    template <int R>
+    void key_products(int first, const int* vector, float* const* score) {
+        unroll<2 * R>([](auto i) { tile_zero<i>(); });
+        const bfloat16* key = key_ + first * call_.k.stride_b;
+        for (int h = 0; h < call_.width; h += STEP) {
+            multiply<R, QUERY_PARTS>(key + h, LANES * call_.k.stride_b, call_.k.stride_b,
+                                        [&](int r, int p) { return query(vector[r], p) + h * LANES; });
+        }
+        unroll<2 * R>([&](auto i) { tile_store<i>(score[i % R] + (first + i / R * LANES) * LANES, TILE_ROW_BYTES); });
+    }
+
+    // [width / 2][lane][2]
+    std::uint16_t* query(int v, int p) const { return query_ + (std::size_t(v) * QUERY_PARTS + p) * LANES * call_.width; }
+
+    // A float32's bfloat16 part, the rest cut off; or rounded, if it is the last.
+    static vint top_half(vfloat x) { return (vint)x & std::int32_t(0xffff0000); }
+    static vfloat rounded(vfloat x) { return (vfloat)((vint)x + 0x8000); }
+
+    // The upper words of 32 numbers, in their order.
+    static vint top_words(vint a, vint b) {
+        const auto low = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)a, 16)), high = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)b, 16));
+        return (vint)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+
+    std::uint16_t* query_;
+};
+
+// Many rows meet a block: its values are transposed once, so that weights are multiplied as they come.
+template <class Q>
+class ManyRows : public MatrixScores<Q> {
+    using Base = MatrixScores<Q>;
+    using Base::call_, Base::ahead_, Base::STEP, Base::WEIGHT_PARTS, Base::load_words, Base::store_words;
+
+public:
+    static constexpr int TOGETHER = 2;
+
+    static bool takes(const Call& call) { return call.block % STEP == 0 && call.width % STEP == 0; }
+
+    ManyRows(const Call& call, int vectors, Scratch& scratch)
+        : Base(call, vectors, scratch),
+          weight_(Base::halves(scratch, TOGETHER * WEIGHT_PARTS * LANES * std::size_t(call.block))),
+          value_(Base::halves(scratch, std::size_t(call.block) * call.width)) {}
+
+    static std::size_t floats(const Call& call, int vectors) {
+        return Base::query_floats(call, vectors) + (TOGETHER * WEIGHT_PARTS * LANES + std::size_t(call.width)) * call.block / 2 + 32;
+    }
+
+    void open(const bfloat16* key, const bfloat16* value, int keys, const bfloat16* next_key, const bfloat16* next_value) {
+        Base::key_ = key;
+        Base::look_ahead(next_key, next_value);
+        for (int s = 0; s < keys; s += STEP)
+            for (int h = 0; h < call_.width; h += STEP) {
+                transpose_values(value, s, std::min(STEP, keys - s), h);
+            }
+    }
+
+    template <int R>
+    void values(const float* const* weight, int keys, const vfloat* share, float* const* out) {
+        for (int r = 0; r < R; r++) {
+            for (int s = 0; s < (keys + STEP - 1) / STEP * STEP; s += 2) {
+                vint pair[WEIGHT_PARTS];
+                Base::cut(s < keys ? load(weight[r] + s * LANES) : vfloat{}, s + 1 < keys ? load(weight[r] + (s + 1) * LANES) : vfloat{}, pair);
+                for (int p = 0; p < WEIGHT_PARTS; p++) store_words(part(r, p) + s * LANES, pair[p]);
+            }
+            if (bits(share[r] != 1.0f))
+                for (int h = 0; h < call_.width; h++) store(out[r] + h * LANES, load(out[r] + h * LANES) * share[r]);
+        }
+        for (int h = 0; h < call_.width; h += STEP) value_products<R>(h, keys, out);
+    }
+
+    void settle(float*) const {}
+
+private:
+    // STEP channels from `first` on.
+    template <int R>
+    void value_products(int first, int keys, float* const* out) {
+        const auto place = [&](int i) { return out[i % R] + (first + i / R * LANES) * LANES; };
+        unroll<2 * R>([&](auto i) { tile_load<i>(place(i), TILE_ROW_BYTES); });
+        for (int s = 0; s < keys; s += STEP) {
+            Base::template multiply<R, WEIGHT_PARTS>(value_ + std::size_t(first) * call_.block + s, LANES * call_.block, call_.block,
+                                                        [&](int r, int p) { return part(r, p) + s * LANES; });
+        }
+        unroll<2 * R>([&](auto i) { tile_store<i>(place(i), TILE_ROW_BYTES); });
+    }
+
+    // value_[h][key] for STEP keys and channels; keys that nobody sees, whatever lies there, as zeros.
+    void transpose_values(const bfloat16* value, int first, int keys, int h) {
+        vint low[LANES], high[LANES];
+        const bfloat16* row = value + first * call_.v.stride_b + h;
+        for (int i = 0; i < LANES; i++, row += 2 * call_.v.stride_b) {
+            const vint even = 2 * i < keys ? load_words(row) : vint{}, odd = 2 * i + 1 < keys ? load_words(row + call_.v.stride_b) : vint{};
+            low[i] = pairs_low(even, odd), high[i] = pairs_high(even, odd);
+        }
+        transpose(low), transpose(high);
+        for (int i = 0; i < LANES; i++) {
+            store_words(value_ + std::size_t(h + paired_channel(i)) * call_.block + first, low[i]);
+            store_words(value_ + std::size_t(h + paired_channel(i) + 4) * call_.block + first, high[i]);
+        }
+    }
+
+    // [block / 2][lane][2]
+    std::uint16_t* part(int r, int p) const { return weight_ + (std::size_t(r) * WEIGHT_PARTS + p) * LANES * call_.block; }
+
+    std::uint16_t *weight_, *value_;
+};
+
+// A few rows meet a block once: it is cheaper to transpose the weights. Results are gathered row by row, tile by tile.
+template <class Q>
+class FewRows : public MatrixScores<Q> {
+    using Base = MatrixScores<Q>;
+    using Base::call_, Base::ahead_, Base::STEP, Base::WEIGHT_PARTS, Base::load_words, Base::store_words;
+
+public:
+    static constexpr int TOGETHER = 1;
+    static constexpr int MAX_VECTORS = 3;
+
+    static bool takes(const Call& call) { return call.block % STEP == 0 && call.width % WIDE == 0; }
+
+    FewRows(const Call& call, int vectors, Scratch& scratch)
+        : Base(call, vectors, scratch),
+          weight_(Base::halves(scratch, WEIGHT_PARTS * LANES * std::size_t(call.block))),
+          pairs_(Base::halves(scratch, 2 * STEP * WIDE)) {}
+
+    static std::size_t floats(const Call& call, int vectors) {
+        return Base::query_floats(call, vectors) + WEIGHT_PARTS * LANES * std::size_t(call.block) / 2 + STEP * WIDE + 32;
+    }
+
+    void open(const bfloat16* key, const bfloat16* value, int, const bfloat16* next_key, const bfloat16* next_value) {
+        Base::key_ = key, value_ = value;
+        Base::look_ahead(next_key, next_value);
+    }
+
+    template <int R>
+    void values(const float* const* weight, int keys, const vfloat* share, float* const* out) {
+        for (int s = 0; s < keys; s += STEP) cut_weights(weight[0], s, keys);
+        if (bits(share[0] != 1.0f))
+            for (int h = 0; h < call_.width; h++)
+                store(out[0] + h * LANES, load(out[0] + h * LANES) * splat(share[0][h % LANES]));
+        for (int h = 0; h < call_.width; h += WIDE) {
+            float* to = out[0] + h * LANES;
+            unroll<4>([&](auto i) { tile_load<i>(to + i * LANES * LANES, TILE_ROW_BYTES); });
+            for (int s = 0; s < keys; s += STEP) {
+                std::uint16_t* pairs = pairs_ + s / STEP % 2 * STEP * WIDE;
+                pair_values(s, std::min(STEP, keys - s), h, pairs);
+                unroll<WEIGHT_PARTS>([&](auto p) { tile_load<4 + p>(weight_ + std::size_t(p) * LANES * call_.block + s, call_.block * 2); });
+                unroll<4>([&](auto i) {
+                    tile_load<7>(pairs + i * LANES * STEP, TILE_ROW_BYTES);
+                    unroll<WEIGHT_PARTS>([&](auto p) { tile_product<i, 4 + p, 7>(); });
+                });
+            }
+            unroll<4>([&](auto i) { tile_store<i>(to + i * LANES * LANES, TILE_ROW_BYTES); });
+        }
+    }
+
+    // From tiles of [lane][channel] to [channel][lane].
+    void settle(float* out) const {
+        for (int h = 0; h < call_.width; h += STEP, out += STEP * LANES) {
+            vint low[LANES], high[LANES];
+            for (int n = 0; n < LANES; n++) low[n] = load_words(out + n * LANES), high[n] = load_words(out + (n + LANES) * LANES);
+            transpose(low), transpose(high);
+            for (int i = 0; i < LANES; i++) store_words(out + paired_channel(i) * LANES, low[i]), store_words(out + (paired_channel(i) + 4) * LANES, high[i]);
+        }
+    }
+
+private:
+    static constexpr int WIDE = 64;  // channels in four tiles
+
+    // weight_[part][lane][key] for STEP keys.
+    void cut_weights(const float* weight, int first, int keys) {
+        vint pair[LANES][WEIGHT_PARTS];
+        for (int i = 0, s = first; i < LANES; i++, s += 2) {
+            ahead_.fetch(1);
+            Base::cut(s < keys ? load(weight + s * LANES) : vfloat{}, s + 1 < keys ? load(weight + (s + 1) * LANES) : vfloat{}, pair[i]);
+        }
+        for (int p = 0; p < WEIGHT_PARTS; p++) {
+            vint row[LANES];
+            for (int i = 0; i < LANES; i++) row[i] = pair[i][p];
+            transpose(row);
+            for (int n = 0; n < LANES; n++) store_words(weight_ + (std::size_t(p) * LANES + n) * call_.block + first, row[n]);
+        }
+    }
+
+    // Neighbouring keys' values side by side, in four tiles; keys that nobody sees, whatever lies there, as zeros.
+    void pair_values(int first, int keys, int h, std::uint16_t* to) {
+        const bfloat16* row = value_ + first * call_.v.stride_b + h;
+        for (int i = 0; i < LANES; i++, row += 2 * call_.v.stride_b, to += STEP) {
+            ahead_.fetch(1);
+            for (int half = 0; half < 2; half++) {
+                const bfloat16* at = row + half * STEP;
+                const vint even = 2 * i < keys ? load_words(at) : vint{}, odd = 2 * i + 1 < keys ? load_words(at + call_.v.stride_b) : vint{};
+                store_words(to + (2 * half) * LANES * STEP, pairs_low(even, odd)), store_words(to + (2 * half + 1) * LANES * STEP, pairs_high(even, odd));
+            }
+        }
+    }
+
+    std::uint16_t *weight_, *pairs_;
+    const bfloat16* value_ = nullptr;
+};
+
+#endif
 
 // ---- one tile
 
-template <class T, class Q>
+template <class T, class Q, class Products>
 class Tile {
 public:
     Tile(const Call& call, const Task& task, const Packing& packing, Scratch& scratch)
-        : call_(call), task_(task), packing_(packing), vectors_(packing.count(task.tokens)) {
-        const std::size_t rows = std::size_t(vectors_) * LANES, area = std::size_t(call.block) * call.width;
-        scratch.reserve(2 * rows * call.width + 2 * rows + MAX_TOGETHER * std::size_t(call.block) * LANES + 2 * area + 256);
-        query_ = scratch.take(rows * call.width), out_ = scratch.take(rows * call.width);
-        top_ = scratch.take(rows), sum_ = scratch.take(rows);
-        for (int r = 0; r < MAX_TOGETHER; r++) score_[r] = scratch.take(std::size_t(call.block) * LANES);
-        key_ = scratch.take(area), value_ = scratch.take(area);
+        : call_(call),
+          task_(task),
+          packing_(packing),
+          vectors_(packing.count(task.tokens)),
+          scratch_(reserved(scratch, call, vectors_)),
+          products_(call, vectors_, scratch_) {
+        const std::size_t rows = std::size_t(vectors_) * LANES;
+        out_ = scratch.take(rows * call.width), top_ = scratch.take(rows), sum_ = scratch.take(rows);
+        for (float*& score : score_) score = scratch.take(std::size_t(call.block) * LANES);
     }
 
     void run() {
@@ -162,17 +571,33 @@ public:
         std::fill_n(sum_, vectors_ * LANES, 0.0f);
         if (call_.chosen) walk_chosen();
         else walk_all();
+        for (int v = 0; v < vectors_; v++) products_.settle(out_ + std::size_t(v) * LANES * call_.width);
     }
 
     // Write the finished rows.
     void finish() const {
-        for_rows([&](int lane_row, std::int64_t token, int head) {
-            const float total = sum_[lane_row], share = total > 0.0f || total != total ? 1.0f / total : 0.0f;
-            const float* from = out_ + std::int64_t(lane_row / LANES) * LANES * call_.width + lane_row % LANES;
-            Q* to = static_cast<Q*>(call_.out) + (token * call_.heads + head) * call_.width;
-            for (int h = 0; h < call_.width; h++) to[h] = from_float<Q>(from[h * LANES] * share);
-            if (call_.lse) call_.lse[token * call_.heads + head] = top_[lane_row] + std::log(total);
-        });
+        for (int v = 0; v < vectors_; v++) {
+            Q* to[LANES] = {};
+            float share[LANES];
+            for_lanes(v, [&](int lane, std::int64_t token, int head) {
+                const float total = sum_[v * LANES + lane];
+                share[lane] = total > 0.0f || total != total ? 1.0f / total : 0.0f;
+                to[lane] = static_cast<Q*>(call_.out) + (token * call_.heads + head) * call_.width;
+                if (call_.lse) call_.lse[token * call_.heads + head] = top_[v * LANES + lane] + std::log(total);
+            });
+            const float* from = out_ + std::size_t(v) * LANES * call_.width;
+            int h = 0;
+            for (; h + LANES <= call_.width; h += LANES) {
+                vint row[LANES];
+                for (int i = 0; i < LANES; i++) row[i] = (vint)load(from + (h + i) * LANES);
+                transpose(row);
+                for (int n = 0; n < LANES; n++)
+                    if (to[n]) store(to[n] + h, (vfloat)row[n] * share[n]);
+            }
+            for (; h < call_.width; h++)
+                for (int n = 0; n < LANES; n++)
+                    if (to[n]) to[n][h] = from_float<Q>(from[h * LANES + n] * share[n]);
+        }
     }
 
     // Partial results, to be merged: accumulators, then tops, then sums.
@@ -201,28 +626,29 @@ public:
         }
     }
 
-    static std::size_t partial_floats(const Call& call, const Packing& packing, int tokens) {
-        return std::size_t(packing.count(tokens)) * LANES * (call.width + 2);
+private:
+    static Scratch& reserved(Scratch& scratch, const Call& call, int vectors) {
+        const std::size_t rows = std::size_t(vectors) * LANES;
+        scratch.reserve(rows * (call.width + 2) + Products::TOGETHER * std::size_t(call.block) * LANES + 128 + Products::floats(call, vectors));
+        return scratch;
     }
 
-private:
+    // The rows of vector v: f(lane, token, head).
     template <class F>
-    void for_rows(F&& f) const {
-        for (int v = 0; v < vectors_; v++)
-            for (int i = 0; i < packing_.tokens && packing_.token(v) + i < task_.tokens; i++)
-                for (int n = 0; n < LANES && packing_.head(v) + n < packing_.heads; n++)
-                    f(v * LANES + i * packing_.heads + n, task_.first + packing_.token(v) + i,
-                      task_.group * packing_.heads + packing_.head(v) + n);
+    void for_lanes(int v, F&& f) const {
+        for (int i = 0; i < packing_.tokens && packing_.token(v) + i < task_.tokens; i++)
+            for (int n = 0; n < LANES && packing_.head(v) + n < packing_.heads; n++)
+                f(i * packing_.heads + n, task_.first + packing_.token(v) + i, task_.group * packing_.heads + packing_.head(v) + n);
     }
 
     void read_queries() {
-        if (packing_.tokens * packing_.heads % LANES || task_.tokens % packing_.tokens)
-            std::fill_n(query_, std::size_t(vectors_) * LANES * call_.width, 0.0f);
-        for_rows([&](int lane_row, std::int64_t token, int head) {
-            const Q* from = static_cast<const Q*>(call_.q) + token * call_.stride_t + head * call_.stride_n;
-            float* to = query_ + std::int64_t(lane_row / LANES) * LANES * call_.width + lane_row % LANES;
-            for (int h = 0; h < call_.width; h++) to[h * LANES] = to_float(from[h]);
-        });
+        for (int v = 0; v < vectors_; v++) {
+            const Q* row[LANES] = {};
+            for_lanes(v, [&](int lane, std::int64_t token, int head) {
+                row[lane] = static_cast<const Q*>(call_.q) + token * call_.stride_t + head * call_.stride_n;
+            });
+            products_.read(v, row);
+        }
     }
 
     std::int64_t position(int token) const { return call_.batch.position(task_.request, task_.first + token); }
@@ -253,7 +679,7 @@ private:
         begins.push_back(kept);
         const std::size_t blocks = begins.size() - 1;
         for (std::size_t b = blocks * task_.part / task_.parts; b < blocks * (task_.part + 1) / task_.parts; b++)
-            attend(&members[begins[b]], int(begins[b + 1] - begins[b]));
+            attend(&members[begins[b]], int(begins[b + 1] - begins[b]), members[begins[b + 1] < kept ? begins[b + 1] : begins[b]].block);
     }
 
     void walk_all() {
@@ -261,69 +687,37 @@ private:
         std::vector<Member> members(vectors_);
         for (std::int64_t b = blocks * task_.part / task_.parts; b < blocks * (task_.part + 1) / task_.parts; b++) {
             for (int v = 0; v < vectors_; v++) members[v] = {std::int32_t(b), v, ~0u};
-            attend(members.data(), vectors_);
+            attend(members.data(), vectors_, std::int32_t(std::min(b + 1, blocks - 1)));
         }
-    }
-
-    // Rows as floats, converted if they are not.
-    std::pair<const float*, std::int64_t> rows(const Pool& pool, std::int64_t page, float* wide) {
-        const T* from = pool.block<T>(page, task_.group);
-        if constexpr (std::is_same_v<T, float>) return {from, pool.stride_b};
-        for (int s = 0; s < call_.block; s++) {
-            const T* row = from + s * pool.stride_b;
-            float* to = wide + std::int64_t(s) * call_.width;
-            int h = 0;
-            for (; h + LANES <= call_.width; h += LANES) store(to + h, load(row + h));
-            for (; h < call_.width; h++) to[h] = to_float(row[h]);
-        }
-        return {wide, call_.width};
     }
 
     // One block meets the vectors that have rows reading it.
-    void attend(const Member* members, int count) {
-        const std::int64_t page = call_.batch.pages(task_.request)[members[0].block];
-        const auto [key, key_stride] = rows(call_.k, page, key_);
-        const auto [value, value_stride] = rows(call_.v, page, value_);
+    void attend(const Member* members, int count, std::int32_t next) {
+        const std::int64_t block = members[0].block, page = call_.batch.pages(task_.request)[block], next_page = call_.batch.pages(task_.request)[next];
+        const std::int64_t keys = std::min<std::int64_t>(call_.block, position(task_.tokens - 1) + 1 - block * call_.block);
+        products_.open(call_.k.block<T>(page, task_.group), call_.v.block<T>(page, task_.group), int(keys),
+                       call_.k.block<T>(next_page, task_.group), call_.v.block<T>(next_page, task_.group));
         int i = 0;
-        for (; i + MAX_TOGETHER <= count; i += MAX_TOGETHER) attend<MAX_TOGETHER>(members + i, key, key_stride, value, value_stride);
-        if constexpr (MAX_TOGETHER == 3)
-            if (i + 2 <= count) attend<2>(members + i, key, key_stride, value, value_stride), i += 2;
-        for (; i < count; i++) attend<1>(members + i, key, key_stride, value, value_stride);
+        for (; i + Products::TOGETHER <= count; i += Products::TOGETHER) attend<Products::TOGETHER>(members + i);
+        if constexpr (Products::TOGETHER == 3)
+            if (i + 2 <= count) attend<2>(members + i), i += 2;
+        for (; i < count; i++) attend<1>(members + i);
     }
 
     template <int R>
-    void attend(const Member* members, const float* key, std::int64_t key_stride, const float* value, std::int64_t value_stride) {
-        constexpr int N = rows_with(R);
-        float *query[R], *out[R];
+    void attend(const Member* members) {
+        int vector[R], keys = 0;
         vint seen[R];
-        int keys = 0;
-        for (int r = 0; r < R; r++) {
-            const std::int64_t at = std::int64_t(members[r].vector) * LANES;
-            query[r] = query_ + at * call_.width, out[r] = out_ + at * call_.width;
-            seen[r] = visible(members[r], keys);
-        }
+        for (int r = 0; r < R; r++) vector[r] = members[r].vector, seen[r] = visible(members[r], keys);
         if (keys == 0) return;
-        float* score[R];
-        int s = 0;
-        for (; s < keys && s + N <= call_.block; s += N) {
-            for (int r = 0; r < R; r++) score[r] = score_[r] + s * LANES;
-            key_products<N, R>(key + s * key_stride, key_stride, query, call_.width, call_.scale, score);
-        }
-        for (; s < keys; s++) {
-            for (int r = 0; r < R; r++) score[r] = score_[r] + s * LANES;
-            key_products<1, R>(key + s * key_stride, key_stride, query, call_.width, call_.scale, score);
-        }
+        products_.template scores<R>(vector, keys, score_);
         vfloat share[R];
-        for (int r = 0; r < R; r++) share[r] = softmax(score_[r], keys, seen[r], members[r].vector);
-        int h = 0;
-        for (; h + N <= call_.width; h += N) {
-            value_products<N, R>(value + h, value_stride, score_, keys, share, out);
-            for (int r = 0; r < R; r++) out[r] += N * LANES;
+        float* out[R];
+        for (int r = 0; r < R; r++) {
+            share[r] = softmax(score_[r], keys, seen[r], vector[r]);
+            out[r] = out_ + std::size_t(vector[r]) * LANES * call_.width;
         }
-        for (; h < call_.width; h++) {
-            value_products<1, R>(value + h, value_stride, score_, keys, share, out);
-            for (int r = 0; r < R; r++) out[r] += LANES;
-        }
+        products_.template values<R>(score_, keys, share, out);
     }
 
     // How many of the block's keys each row sees; `keys` becomes the most that any does.
@@ -346,13 +740,15 @@ private:
         const vfloat before = top;
         const bool masked = bits(seen < keys) != 0;
         for (int s = 0; s < keys; s++) {
-            vfloat x = load(score + s * LANES);
-            if (masked) store(score + s * LANES, x = splat(s) < seen ? x : splat(-INF));
+            vfloat x = load(score + s * LANES) * call_.scale;
+            if (masked) x = splat(s) < seen ? x : splat(-INF);
+            store(score + s * LANES, x);
             top = max(x, top);
         }
         const vfloat base = top == -INF ? splat(0.0f) : top;
         vfloat total{};
         for (int s = 0; s < keys; s++) {
+            products_.fetch_ahead();
             const vfloat p = exp(load(score + s * LANES) - base);
             store(score + s * LANES, p);
             total += p;
@@ -367,13 +763,15 @@ private:
     const Task& task_;
     const Packing& packing_;
     int vectors_;
-    float *query_, *out_, *top_, *sum_, *key_, *value_;
-    float* score_[MAX_TOGETHER];
+    Scratch& scratch_;
+    Products products_;
+    float *out_, *top_, *sum_;
+    float* score_[Products::TOGETHER];
 };
 
 // The work of a step. How a request is cut depends on nothing but itself and the threads, so that its results are the same
 // to the last bit whatever else is in the batch. A request of few tasks is cut into parts of its blocks as well.
-std::vector<Task> tasks_of(const Call& call, const Packing& packing, std::size_t& partial_floats) {
+std::vector<Task> tasks_of(const Call& call, const Packing& packing, std::size_t& partials) {
     const std::int64_t row_bytes = std::int64_t(2) * call.width * 4 * LANES * packing.vectors / packing.tokens;
     const std::int64_t fit = std::clamp<std::int64_t>(TILE_BYTES / std::max<std::int64_t>(1, row_bytes), 1, MAX_TILE_TOKENS);
     const int wanted = call.threads == 1 ? 1 : 2 * call.threads;
@@ -388,39 +786,56 @@ std::vector<Task> tasks_of(const Call& call, const Packing& packing, std::size_t
             for (int g = 0; g < call.groups; g++)
                 for (int p = 0; p < parts; p++) {
                     const int tokens = int(std::min(step, end - first));
-                    tasks.push_back({r, g, tokens, p, parts, first, std::int64_t(partial_floats)});
-                    if (parts > 1) partial_floats += Tile<float, float>::partial_floats(call, packing, tokens);
+                    tasks.push_back({r, g, tokens, p, parts, first, std::int64_t(partials)});
+                    if (parts > 1) partials += partial_floats(call, packing, tokens);
                 }
     }
     return tasks;
 }
 
-template <class T, class Q>
-void attention(const Call& call) {
+template <class T, class Q, class Many, class Few = Many>
+void attention_with(const Call& call) {
     const Packing packing(call.heads_per_group());
-    std::size_t partial_floats = 0;
-    const std::vector<Task> tasks = tasks_of(call, packing, partial_floats);
-    std::vector<float> partial(partial_floats);
+    std::size_t partials = 0;
+    const std::vector<Task> tasks = tasks_of(call, packing, partials);
+    std::vector<float> partial(partials);
     const std::int64_t count = std::int64_t(tasks.size());
+    const auto run = [&](auto&& tile, const Task& task) {
+        tile.run();
+        if (task.parts == 1) tile.finish();
+        else tile.keep(&partial[task.partial]);
+    };
 #pragma omp parallel num_threads(call.threads)
     {
         thread_local Scratch scratch;
+        [[maybe_unused]] const typename Many::Session session;
 #pragma omp for schedule(dynamic)
         for (std::int64_t i = 0; i < count; i++) {
-            Tile<T, Q> tile(call, tasks[i], packing, scratch);
-            tile.run();
-            if (tasks[i].parts == 1) tile.finish();
-            else tile.keep(&partial[tasks[i].partial]);
+            if constexpr (!std::is_same_v<Many, Few>)
+                if (packing.count(tasks[i].tokens) <= Few::MAX_VECTORS && Few::takes(call)) {
+                    run(Tile<T, Q, Few>(call, tasks[i], packing, scratch), tasks[i]);
+                    continue;
+                }
+            run(Tile<T, Q, Many>(call, tasks[i], packing, scratch), tasks[i]);
         }
 #pragma omp for schedule(dynamic)
         for (std::int64_t i = 0; i < count; i++) {
             const Task& task = tasks[i];
             if (task.parts == 1 || task.part != 0) continue;
-            Tile<T, Q> tile(call, task, packing, scratch);
-            tile.merge(&partial[task.partial], task.parts, Tile<T, Q>::partial_floats(call, packing, task.tokens));
+            Tile<T, Q, Many> tile(call, task, packing, scratch);
+            tile.merge(&partial[task.partial], task.parts, partial_floats(call, packing, task.tokens));
             tile.finish();
         }
     }
+}
+
+template <class T, class Q>
+void attention(const Call& call) {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<T, bfloat16>)
+        if (ManyRows<Q>::takes(call)) return attention_with<T, Q, ManyRows<Q>, FewRows<Q>>(call);
+#endif
+    attention_with<T, Q, VectorProducts<T, Q>>(call);
 }
 
 // ---- Python

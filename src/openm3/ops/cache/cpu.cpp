@@ -98,11 +98,11 @@ void write_heads(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
         if (part->has_value() != sparse)
             throw std::invalid_argument("the parts of the index branch must be given together or not at all");
     norm_rotate(q, q_weight, cos, sin, eps, q_out, threads);
-    const Scratch turned_k(shape_of(k), k.dtype());
+    const ScratchTensor turned_k(shape_of(k), k.dtype());
     norm_rotate(k, k_weight, cos, sin, eps, turned_k, threads);
     if (!sparse) return write_pages(turned_k, v, {}, k_pool, v_pool, {}, slot, threads);
     norm_rotate(*index_q, *index_q_weight, cos, sin, eps, *index_q_out, threads);
-    const Scratch turned_index_k(shape_of(*index_k), index_k->dtype());
+    const ScratchTensor turned_index_k(shape_of(*index_k), index_k->dtype());
     norm_rotate(*index_k, *index_k_weight, cos, sin, eps, turned_index_k, threads);
     write_pages(turned_k, v, turned_index_k, k_pool, v_pool, index_k_pool, slot, threads);
 }

@@ -29,12 +29,12 @@ void mixture(const Tensor& x, const Tensor& router, const Tensor& bias, std::int
     if (num_active < 1 || num_active > std::int64_t(bias.size()) || out.shape(1) != x.shape(1))
         throw std::invalid_argument("num_active must be from 1 to the number of experts, and out_TD of x's width");
     const std::int64_t tokens = x.shape(0);
-    const Scratch expert({tokens, num_active}, nb::dtype<std::int32_t>()), weight({tokens, num_active}, nb::dtype<float>());
-    const Scratch routed(shape_of(x), x.dtype());
+    const ScratchTensor expert({tokens, num_active}, nb::dtype<std::int32_t>()), weight({tokens, num_active}, nb::dtype<float>());
+    const ScratchTensor routed(shape_of(x), x.dtype());
     route(x, router, bias, expert, weight, threads);
     experts(x, expert, weight, gate_up, gate_up_scale, down, down_scale, alpha, limit, routed, threads);
-    const Scratch hidden({tokens, std::int64_t(shared_gate_up.shape(0))}, x.dtype());
-    const Scratch active({tokens, std::int64_t(shared_down.shape(1))}, x.dtype());
+    const ScratchTensor hidden({tokens, std::int64_t(shared_gate_up.shape(0))}, x.dtype());
+    const ScratchTensor active({tokens, std::int64_t(shared_down.shape(1))}, x.dtype());
     linear(x, shared_gate_up, shared_gate_up_scale, hidden, threads);
     swiglu(hidden, alpha, limit, active, threads);
     linear(active, shared_down, shared_down_scale, out, threads);

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import blocked, native, reference
-from openm3.ops.native import missing
+from openm3.ops.native import missing, on_huge_pages
 
 
 class IndexCodes(NamedTuple):
@@ -94,7 +94,8 @@ def empty_codes(index_k_MBJ: Tensor) -> IndexCodes:
     pages, block_size, width = index_k_MBJ.shape
     shape, device = (pages, block_size * -(-width // 4) * 4), index_k_MBJ.device
     unknown = torch.tensor([0.0, torch.inf, 0.0], device=device)
-    return IndexCodes(torch.full(shape, 128, dtype=torch.uint8, device=device), unknown.repeat(pages, 1))
+    code_MC = on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=device))
+    return IndexCodes(code_MC.fill_(128), unknown.repeat(pages, 1))
 
 
 def code_bytes(block_size: int, width: int) -> int:

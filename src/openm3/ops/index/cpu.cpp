@@ -7,15 +7,17 @@
 // by Cauchy and Schwarz, so the scan brackets every block's score. The K-th largest lower end bounds the K-th best score
 // from below; only blocks whose upper end reaches it are looked at again, and of these only the keys whose own bracket
 // does, in float32 from the stored values. What is selected is the total order of the contract, whatever the codes lost.
+//
+// Each of the three goes block by block for many query rows together: numbers of a block stand side by side for all rows.
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <array>
-#include <functional>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "native/amx.h"
 #include "native/simd.h"
 #include "native/tensors.h"
 
@@ -27,6 +29,8 @@ constexpr int QUAD = 4;
 // Estimates held at a time, as floats: a step's scores never exist at length.
 constexpr std::int64_t ESTIMATES_AT_ONCE = 1 << 22;
 constexpr int PAGES_AT_ONCE = 16;
+// Query rows that tiles take at a time; a step's rows are made up to a multiple of it.
+constexpr int ROWS = 16;
 // From here on it pays to encode keys that came without codes.
 constexpr int QUERIES_TO_ENCODE = 8;
 
@@ -138,15 +142,19 @@ void encode_page(const Keys& keys, std::int64_t page, std::uint8_t* code, float*
 
 // ---- products of codes
 
+constexpr std::int32_t LEAST = std::numeric_limits<std::int32_t>::min();
+
+// A scan reads so many pages in turns: the processor fetches ahead within each, and a page alone is over too soon for that
+// to reach the memory's rate.
 #if defined(__AVX512VNNI__)
 constexpr int WORDS = 1;
-constexpr int MAX_QUERIES = 6, VECTORS = 4;
+constexpr int MAX_QUERIES = 6, PAGES = 4;
 #elif defined(__AVX512BW__)
 constexpr int WORDS = 2;
-constexpr int MAX_QUERIES = 4, VECTORS = 4;
+constexpr int MAX_QUERIES = 4, PAGES = 4;
 #else
 constexpr int WORDS = 2;
-constexpr int MAX_QUERIES = 4, VECTORS = 2;
+constexpr int MAX_QUERIES = 4, PAGES = 2;
 #endif
 
 // Four signed codes of a query as the product below wants them.
@@ -197,35 +205,100 @@ inline void products(const std::uint8_t* const (&key)[V], const std::int32_t* qu
                 total[q][v] = add_quad(total[q][v], key[v] + j * TILE * QUAD, query + (q * quads + j) * WORDS);
 }
 
-// The largest code product of each of Q queries with the keys of a page.
+// best[p][q]: the largest code product of query q with the keys of page p.
 template <int Q>
-void page_maxima(const std::uint8_t* code, int vectors, const std::int32_t* query, int quads, std::int32_t* best) {
-    vint top[Q];
-    for (int q = 0; q < Q; q++) top[q] = splat(std::numeric_limits<std::int32_t>::min());
-    int v = 0;
-    for (; v + VECTORS <= vectors; v += VECTORS) {
-        const std::uint8_t* key[VECTORS];
-        for (int i = 0; i < VECTORS; i++) key[i] = vector_of(code, v + i, quads);
-        vint total[Q][VECTORS];
-        products<Q, VECTORS>(key, query, quads, total);
+void page_maxima(int vectors, int quads, const std::uint8_t* const* code, const std::int32_t* query, std::int32_t (*best)[ROWS]) {
+    vint top[Q][PAGES];
+    for (int q = 0; q < Q; q++)
+        for (int p = 0; p < PAGES; p++) top[q][p] = splat(LEAST);
+    for (int v = 0; v < vectors; v++) {
+        const std::uint8_t* key[PAGES];
+        for (int p = 0; p < PAGES; p++) key[p] = vector_of(code[p], v, quads);
+        vint total[Q][PAGES];
+        products<Q, PAGES>(key, query, quads, total);
         for (int q = 0; q < Q; q++)
-            for (int i = 0; i < VECTORS; i++) top[q] = max(top[q], total[q][i]);
+            for (int p = 0; p < PAGES; p++) top[q][p] = max(top[q][p], total[q][p]);
     }
-    for (; v < vectors; v++) {
-        const std::uint8_t* key[1] = {vector_of(code, v, quads)};
-        vint total[Q][1];
-        products<Q, 1>(key, query, quads, total);
-        for (int q = 0; q < Q; q++) top[q] = max(top[q], total[q][0]);
-    }
-    for (int q = 0; q < Q; q++) best[q] = max(top[q]);
+    for (int q = 0; q < Q; q++)
+        for (int p = 0; p < PAGES; p++) best[p][q] = max(top[q][p]);
 }
 
-using PageMaxima = void (*)(const std::uint8_t*, int, const std::int32_t*, int, std::int32_t*);
+using PageMaxima = void (*)(int, int, const std::uint8_t* const*, const std::int32_t*, std::int32_t (*)[ROWS]);
 template <int... Q>
 constexpr std::array<PageMaxima, sizeof...(Q)> maxima_table(std::integer_sequence<int, Q...>) {
     return {page_maxima<Q + 1>...};
 }
 constexpr auto MAXIMA = maxima_table(std::make_integer_sequence<int, MAX_QUERIES>{});
+
+#if defined(__AMX_INT8__)
+static_assert(PAGES == 4 && TILE == TILE_ROWS && ROWS == TILE_ROWS && LANES == TILE_ROWS);
+
+// With no more rows than this a page takes longer to read than to multiply.
+constexpr int ROWS_TO_READ = 64;
+
+// Lane i of the result: the largest of row i. Pairs of rows are folded into one, each in half as many lanes as before.
+template <int WIDTH = LANES / 2>
+vint maxima(vint* row) {
+    if constexpr (WIDTH == 0) {
+        return row[0];
+    } else {
+        alignas(64) static constexpr auto LOW = [] {
+            std::array<std::int32_t, LANES> lane{};
+            for (int i = 0; i < LANES; i++) lane[i] = i / (2 * WIDTH) * (2 * WIDTH) + i % WIDTH + (i & WIDTH ? LANES : 0);
+            return lane;
+        }();
+        const __m512i low = _mm512_load_si512(LOW.data()), high = _mm512_add_epi32(low, _mm512_set1_epi32(WIDTH));
+        for (int i = 0; i < WIDTH; i++) {
+            const __m512i a = (__m512i)row[i], b = (__m512i)row[i + WIDTH];
+            row[i] = (vint)_mm512_max_epi32(_mm512_permutex2var_epi32(a, low, b), _mm512_permutex2var_epi32(a, high, b));
+        }
+        return maxima<WIDTH / 2>(row);
+    }
+}
+
+// product[n][query][key]: code products of 16 queries with four tiles of keys.
+inline void tile_products(const std::uint8_t* const* key, const std::int32_t* query, int quads, vint (*product)[ROWS]) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int j = 0; j < quads; j += TILE) {
+        tile_load<4>(query + j, quads * QUAD);
+        tile_load<5>(key[0] + j * TILE * QUAD, TILE * QUAD);
+        tile_product_bytes<0, 4, 5>();
+        tile_load<6>(key[1] + j * TILE * QUAD, TILE * QUAD);
+        tile_product_bytes<1, 4, 6>();
+        tile_load<7>(key[2] + j * TILE * QUAD, TILE * QUAD);
+        tile_product_bytes<2, 4, 7>();
+        tile_load<5>(key[3] + j * TILE * QUAD, TILE * QUAD);
+        tile_product_bytes<3, 4, 5>();
+    }
+    tile_store<0>(product[0], TILE * QUAD);
+    tile_store<1>(product[1], TILE * QUAD);
+    tile_store<2>(product[2], TILE * QUAD);
+    tile_store<3>(product[3], TILE * QUAD);
+}
+
+// As page_maxima, of 16 queries; of N pages, four of whose tiles are multiplied together, from one or from each.
+template <int N>
+void tile_maxima(int tiles, int quads, const std::uint8_t* const* code, const std::int32_t* query, std::int32_t (*best)[ROWS]) {
+    constexpr int EACH = PAGES / N;
+    vint product[PAGES][ROWS], top[N][ROWS];
+    for (auto& page : top)
+        for (vint& row : page) row = splat(LEAST);
+    for (int t = 0; t < tiles; t += EACH) {
+        const std::uint8_t* key[PAGES];
+        for (int i = 0; i < PAGES; i++) key[i] = code[i / EACH] + std::int64_t(t + i % EACH) * quads * TILE * QUAD;
+        tile_products(key, query, quads, product);
+        for (int i = 0; i < PAGES; i++)
+            for (int q = 0; q < ROWS; q++) top[i / EACH][q] = max(top[i / EACH][q], product[i][q]);
+    }
+    for (int p = 0; p < N; p++) {
+        const vint largest = maxima(top[p]);
+        std::memcpy(best[p], &largest, sizeof largest);
+    }
+}
+#endif
 
 // ---- selection
 
@@ -239,15 +312,19 @@ struct Codes {
 // Some tokens' queries, a row for each token and group.
 struct Queries {
     int rows = 0, groups = 0, quads = 0, padded = 0;
-    std::vector<float> value, scale, norm, rest;
-    std::vector<std::int32_t> word, offset;
+    // Rows with those that fill the last tile.
+    int stride() const { return (rows + ROWS - 1) / ROWS * ROWS; }
+    std::vector<float> value, scale, norm, rest, threshold;
+    // `others`: how many blocks compete for a row's free places.
+    std::vector<std::int32_t> word, offset, others;
     std::vector<std::int8_t> code;
 
     template <class T>
     void read(const T* q, std::int64_t stride_t, std::int64_t stride_g, int tokens, const Keys& keys) {
         rows = tokens * groups, quads = keys.quads(), padded = keys.padded();
-        value.resize(std::size_t(rows) * padded), scale.resize(rows), norm.resize(rows), rest.resize(rows);
-        word.resize(std::size_t(rows) * quads * WORDS), offset.resize(rows), code.resize(padded + QUAD);
+        value.resize(std::size_t(rows) * padded), scale.resize(stride()), norm.resize(stride()), rest.resize(stride());
+        threshold.resize(stride()), others.assign(stride(), 0);
+        word.resize(std::size_t(stride()) * quads * WORDS), offset.resize(stride()), code.resize(padded + QUAD);
         for (int i = 0; i < rows; i++) {
             float* x = &value[std::size_t(i) * padded];
             widen(q + i / groups * stride_t + i % groups * stride_g, x, keys.width, padded);
@@ -264,55 +341,34 @@ struct Queries {
     }
 };
 
-struct Chosen {
-    float score;
-    std::int32_t block;
-    // The total order: larger scores first, equal ones by smaller block.
-    bool operator<(const Chosen& other) const {
-        return score > other.score || (score == other.score && block < other.block);
-    }
-};
-
 struct Statistics {
     std::int64_t scanned = 0, rescored_blocks = 0, rescored_keys = 0;
 };
 
-// The best `room` blocks seen, worst in front.
+// The best blocks of each of LANES query rows, best first: larger scores, then those that came first.
 class Best {
 public:
-    explicit Best(int room) : room_(room) { heap_.reserve(room + 1); }
-    float threshold() const { return full() ? heap_.front().score : -INF; }
-    void add(Chosen c) {
-        if (full() && !(c < heap_.front())) return;
-        heap_.push_back(c);
-        std::push_heap(heap_.begin(), heap_.end());
-        if (int(heap_.size()) > room_) {
-            std::pop_heap(heap_.begin(), heap_.end());
-            heap_.pop_back();
+    // NaN is a free place: no score is at most that.
+    explicit Best(int room) : score_(room, splat(std::numeric_limits<float>::quiet_NaN())), block_(room) {}
+
+    void add(vfloat score, std::int32_t block) {
+        if (!bits(~(score <= score_.back()))) return;
+        vint shifted{}, number = splat(block);
+        for (std::size_t k = 0; k < score_.size(); k++) {
+            const vfloat other = score_[k];
+            const vint other_number = block_[k];
+            shifted |= ~(score <= other);
+            score_[k] = shifted ? score : other, block_[k] = shifted ? number : other_number;
+            score = shifted ? other : score, number = shifted ? other_number : number;
         }
     }
-    const std::vector<Chosen>& blocks() const { return heap_; }
+
+    vfloat worst() const { return score_.back(); }
+    std::int32_t block(int k, int lane) const { return block_[k][lane]; }
 
 private:
-    bool full() const { return int(heap_.size()) == room_; }
-    int room_;
-    std::vector<Chosen> heap_;
-};
-
-// The `room`-th largest of what it is given.
-class Threshold {
-public:
-    explicit Threshold(int room) : values_(room, -INF) {}
-    float value() const { return values_.front(); }
-    void add(float x) {
-        if (!(x > values_.front())) return;
-        std::pop_heap(values_.begin(), values_.end(), std::greater<>());
-        values_.back() = x;
-        std::push_heap(values_.begin(), values_.end(), std::greater<>());
-    }
-
-private:
-    std::vector<float> values_;
+    std::vector<vfloat> score_;
+    std::vector<vint> block_;
 };
 
 // Selection for the tokens of one request.
@@ -321,9 +377,8 @@ class Selection {
 public:
     Selection(const Keys& keys, Codes codes, const std::int32_t* page, std::int64_t blocks, int num_selected, int num_local)
         : keys_(keys), codes_(codes), page_(page), num_selected_(num_selected), num_local_(num_local) {
-        const std::size_t length = (blocks + LANES - 1) / LANES * LANES;
-        scale_.assign(length, 0.0f), loose_.assign(length, 0.0f), norm_.assign(length, 0.0f);
         if (!codes_.code) return;
+        scale_.resize(blocks), loose_.resize(blocks), norm_.resize(blocks);
         const float slack = (keys.width + 32) * 1.2e-7f;
         for (std::int64_t b = 0; b < blocks; b++) {
             const float* bound = codes_.bound + 3 * std::int64_t(codes_.place[b]);
@@ -332,41 +387,108 @@ public:
         }
     }
 
-    // out[i * stride + b]: the estimate for query row i of each block b from first to last.
-    void estimate(const Queries& q, std::int64_t first, std::int64_t last, float* out, std::int64_t stride) const {
-        std::int32_t best[MAX_QUERIES];
-        for (std::int64_t b = first; b < last; b++) {
-            if (!codes_.code) {
-                for (int i = 0; i < q.rows; i++) out[i * stride + b] = exact(q, i, b);
-                continue;
-            }
-            const std::uint8_t* code = codes_.code + codes_.place[b] * keys_.code_bytes();
-            for (int i = 0; i < q.rows; i += MAX_QUERIES) {
-                const int count = std::min(MAX_QUERIES, q.rows - i);
-                MAXIMA[count - 1](code, keys_.block / LANES, &q.word[std::size_t(i) * q.quads * WORDS], q.quads, best);
-                for (int k = 0; k < count; k++)
-                    out[(i + k) * stride + b] = float(best[k] - q.offset[i + k]) * (scale_[b] * q.scale[i + k]);
-            }
+    // out[b * q.stride() + i]: the estimate for query row i of each block b from first to last.
+    void estimate(const Queries& q, std::int64_t first, std::int64_t last, float* out) const {
+        if (!codes_.code) {
+            for (std::int64_t b = first; b < last; b++)
+                for (int i = 0; i < q.rows; i++) out[b * q.stride() + i] = exact(q, i, b);
+            return;
         }
+        const int vectors = keys_.block / LANES;
+#if defined(__AMX_INT8__)
+        // Few rows wait for memory, and vectors read it faster than tiles.
+        if (q.quads % TILE == 0 && q.rows > MAX_QUERIES) {
+            const Tiles tiles;
+            if (q.rows > ROWS_TO_READ && vectors % PAGES == 0)
+                scan<1, ROWS>(q, first, last, out, [&](int, auto... to) { tile_maxima<1>(vectors, q.quads, to...); });
+            else
+                scan<PAGES, ROWS>(q, first, last, out, [&](int, auto... to) { tile_maxima<PAGES>(vectors, q.quads, to...); });
+            return;
+        }
+#endif
+        scan<PAGES, MAX_QUERIES>(q, first, last, out, [&](int rows, auto... to) { MAXIMA[rows - 1](vectors, q.quads, to...); });
     }
 
-    // The selection of query row i, whose token stands in block `own`: `num_selected` ids.
-    void choose(const Queries& q, int i, std::int64_t own, const float* estimate, std::int32_t* out, Statistics& stats) const {
-        const std::int64_t forced = std::max<std::int64_t>(0, own - num_local_ + 1), others = forced;
-        const int room = num_selected_ - int(own - forced + 1);
-        std::vector<std::int32_t> chosen;
-        if (others <= room) {
-            for (std::int64_t b = 0; b < others; b++) chosen.push_back(std::int32_t(b));
-        } else if (room > 0) {
-            const Best best = codes_.code ? certified(q, i, others, room, estimate, stats) : plain(others, room, estimate);
-            for (const Chosen& c : best.blocks()) chosen.push_back(c.block);
-            std::sort(chosen.begin(), chosen.end());
+    // How many blocks compete for the free places of a token in block `own`; none where all of them fit.
+    std::int32_t others(std::int64_t own) const {
+        const std::int64_t count = own - num_local_ + 1;
+        return room() > 0 && count > room() ? std::int32_t(count) : 0;
+    }
+
+    // What the scores of the blocks that LANES query rows from i on select are not below.
+    void bound(Queries& q, int i, const float* estimate) const {
+        Best low(room());
+        const vint others = load(&q.others[i]);
+        for (std::int64_t b = 0; b < most_others(q, i); b++) {
+            const vfloat end = load(estimate + b * q.stride() + i) - width(q, i, b, estimate);
+            low.add((others > std::int32_t(b)) & (end == end) ? end : splat(-INF), 0);
         }
-        for (std::int64_t b = forced; b <= own; b++) chosen.push_back(std::int32_t(b));
-        for (int k = 0; k < num_selected_; k++) out[k] = k < int(chosen.size()) ? chosen[k] : -1;
+        store(&q.threshold[i], low.worst());
+    }
+
+    // Replaces the estimates of block b by scores, exact where they reach the threshold and otherwise smaller.
+    void rescore(const Queries& q, std::int64_t b, float* estimate, Statistics& stats) const {
+        float* score = estimate + b * q.stride();
+        int row[ROWS], count = 0;
+        float wide[ROWS];
+        for (int i = 0; i < q.rows; i += LANES) {
+            const vfloat w = width(q, i, b, estimate), e = load(score + i);
+            unsigned found = ~bits(e + w < load(&q.threshold[i])) & bits(load(&q.others[i]) > std::int32_t(b));
+            store(score + i, splat(-INF));
+            stats.rescored_blocks += std::popcount(found);
+            for (; found; found &= found - 1) {
+                const int k = std::countr_zero(found);
+                row[count] = i + k, wide[count++] = w[k];
+                if (count == ROWS) rescore_rows(q, b, row, wide, std::exchange(count, 0), score, stats);
+            }
+        }
+        if (count) rescore_rows(q, b, row, wide, count, score, stats);
+    }
+
+    // The selections of up to LANES query rows from i on; row i + k stands in block own[k] and its ids go to out[k].
+    void choose(const Queries& q, int i, const std::int64_t* own, const float* score, std::int32_t* const* out) const {
+        Best best(std::max(room(), 1));
+        const vint others = load(&q.others[i]);
+        for (std::int64_t b = 0; b < most_others(q, i); b++) {
+            const vfloat x = load(score + b * q.stride() + i);
+            best.add(others > std::int32_t(b) ? x : splat(-INF), std::int32_t(b));
+        }
+        for (int k = 0; k < std::min(LANES, q.rows - i); k++) {
+            std::int32_t* id = out[k];
+            const std::int32_t last = std::int32_t(own[k]), forced = std::max(0, last - num_local_ + 1);
+            if (q.others[i + k]) {
+                for (int r = 0; r < room(); r++) *id++ = best.block(r, k);
+                std::sort(out[k], id);
+            } else {
+                const int free = num_selected_ - (last - forced + 1);
+                for (std::int32_t b = 0; b < std::min(forced, free); b++) *id++ = b;
+            }
+            for (std::int32_t b = forced; b <= last; b++) *id++ = b;
+            std::fill(id, out[k] + num_selected_, -1);
+        }
     }
 
 private:
+    const std::uint8_t* code_of(std::int64_t b) const { return codes_.code + codes_.place[b] * keys_.code_bytes(); }
+
+    // Estimates by the maxima of N pages and at most Q query rows at a time.
+    template <int N, int Q, class Maxima>
+    void scan(const Queries& q, std::int64_t first, std::int64_t last, float* out, const Maxima& maxima) const {
+        for (std::int64_t b = first; b < last; b += N) {
+            const int pages = int(std::min<std::int64_t>(N, last - b));
+            const std::uint8_t* code[N];
+            for (int p = 0; p < N; p++) code[p] = code_of(b + std::min(p, pages - 1));
+            for (int i = 0; i < q.rows; i += Q) {
+                const int rows = std::min(Q, q.rows - i);
+                std::int32_t best[N][ROWS];
+                maxima(rows, code, &q.word[std::size_t(i) * q.quads * WORDS], best);
+                for (int p = 0; p < pages; p++)
+                    for (int k = 0; k < rows; k++)
+                        out[(b + p) * q.stride() + i + k] = float(best[p][k] - q.offset[i + k]) * (scale_[b + p] * q.scale[i + k]);
+            }
+        }
+    }
+
     float exact(const Queries& q, int i, std::int64_t b) const {
         float best = -INF;
         for (int s = 0; s < keys_.block; s++)
@@ -374,72 +496,65 @@ private:
         return best;
     }
 
-    Best plain(std::int64_t others, int room, const float* score) const {
-        Best best(room);
-        for (std::int64_t b = 0; b < others; b++) best.add({score[b], std::int32_t(b)});
-        return best;
+    int room() const { return num_selected_ - num_local_; }
+    static std::int32_t most_others(const Queries& q, int i) { return *std::max_element(&q.others[i], &q.others[i] + LANES); }
+
+    // Half the bracket's width of LANES query rows from i on with block b; infinite where the numbers say nothing.
+    vfloat width(const Queries& q, int i, std::int64_t b, const float* estimate) const {
+        const vfloat width = load(&q.norm[i]) * loose_[b] + load(&q.rest[i]) * norm_[b];
+        const vfloat e = load(estimate + b * q.stride() + i);
+        return (width < INF) & (e * 0.0f == splat(0.0f)) ? width : splat(INF);
     }
 
-    Best certified(const Queries& q, int i, std::int64_t others, int room, const float* estimate, Statistics& stats) const {
-        const vfloat norm = splat(q.norm[i]), rest = splat(q.rest[i]);
-        // Half the bracket's width; infinite where the numbers say nothing.
-        const auto width_at = [&](std::int64_t b) {
-            const vfloat width = norm * load(&loose_[b]) + rest * load(&norm_[b]);
-            const vfloat e = load(estimate + b);
-            return (width < INF) & (e * 0.0f == splat(0.0f)) ? width : splat(INF);
+    // Scores of block b for these query rows: only keys whose brackets, so wide, reach the row's threshold are looked at.
+    void rescore_rows(const Queries& q, std::int64_t b, const int* row, const float* wide, int count, float* score,
+                      Statistics& stats) const {
+        // Keys are fetched while products go on, and multiplied afterwards: one after the other they would be waited for.
+        struct Found {
+            int row, slot;
         };
-        Threshold lower(room);
-        for (std::int64_t b = 0; b < others; b += LANES) {
-            const vfloat low = load(estimate + b) - width_at(b);
-            unsigned found = bits(low > lower.value()) & valid(others - b);
-            for (; found; found &= found - 1) lower.add(low[std::countr_zero(found)]);
-        }
-        struct Candidate {
-            float estimate, width;
-            std::int32_t block;
+        std::vector<Found> keys;
+        const auto look = [&](int k, int v, vint product) {
+            const int i = row[k];
+            const vfloat high = __builtin_convertvector(product - q.offset[i], vfloat) * (scale_[b] * q.scale[i]) + wide[k];
+            unsigned found = ~bits(high < q.threshold[i]) & ((1u << LANES) - 1);
+            for (; found; found &= found - 1) {
+                keys.push_back({i, v * LANES + std::countr_zero(found)});
+                const auto* key = reinterpret_cast<const char*>(keys_.row<T>(page_[b], keys.back().slot));
+                for (std::size_t at = 0; at < keys_.width * sizeof(T); at += 64) __builtin_prefetch(key + at);
+            }
         };
-        std::vector<Candidate> candidates;
-        for (std::int64_t b = 0; b < others; b += LANES) {
-            const vfloat width = width_at(b), e = load(estimate + b);
-            unsigned found = ~bits(e + width < lower.value()) & valid(others - b);
-            for (; found; found &= found - 1) {
-                const int k = std::countr_zero(found);
-                candidates.push_back({e[k], width[k], std::int32_t(b + k)});
+        const std::uint8_t* code = code_of(b);
+        const int vectors = keys_.block / LANES;
+#if defined(__AMX_INT8__)
+        if (q.quads % TILE == 0 && vectors % PAGES == 0) {
+            const Tiles tiles;
+            std::vector<std::int32_t> word(std::size_t(ROWS) * q.quads);
+            for (int k = 0; k < count; k++)
+                std::copy_n(&q.word[std::size_t(row[k]) * q.quads], q.quads, &word[std::size_t(k) * q.quads]);
+            for (int v = 0; v < vectors; v += PAGES) {
+                const std::uint8_t* key[PAGES];
+                for (int n = 0; n < PAGES; n++) key[n] = vector_of(code, v + n, q.quads);
+                vint product[PAGES][ROWS];
+                tile_products(key, word.data(), q.quads, product);
+                for (int k = 0; k < count; k++)
+                    for (int n = 0; n < PAGES; n++) look(k, v + n, product[n][k]);
             }
+            count = 0;
         }
-        std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
-            return a.estimate > b.estimate || (a.estimate == b.estimate && a.block < b.block);
-        });
-        Best best(room);
-        for (const Candidate& c : candidates) {
-            const float threshold = std::max(lower.value(), best.threshold());
-            if (c.estimate + c.width < threshold) continue;
-            best.add({rescore(q, i, c.block, c.width, threshold, stats), c.block});
-        }
-        return best;
-    }
-
-    static unsigned valid(std::int64_t left) { return left >= LANES ? (1u << LANES) - 1 : (1u << left) - 1; }
-
-    // The exact score of a block if it reaches the threshold; some smaller number if not.
-    float rescore(const Queries& q, int i, std::int64_t b, float width, float threshold, Statistics& stats) const {
-        const std::uint8_t* code = codes_.code + codes_.place[b] * keys_.code_bytes();
-        const float scale = scale_[b] * q.scale[i];
-        float best = -INF;
-        stats.rescored_blocks++;
-        for (int v = 0; v < keys_.block / LANES; v++) {
-            const std::uint8_t* key[1] = {vector_of(code, v, q.quads)};
-            vint total[1][1];
-            products<1, 1>(key, &q.word[std::size_t(i) * q.quads * WORDS], q.quads, total);
-            const vfloat high = __builtin_convertvector(total[0][0] - q.offset[i], vfloat) * scale + width;
-            unsigned found = ~bits(high < threshold) & ((1u << LANES) - 1);
-            for (; found; found &= found - 1) {
-                const int slot = v * LANES + std::countr_zero(found);
-                stats.rescored_keys++;
-                best = std::max(best, exact_dot(&q.value[std::size_t(i) * q.padded], keys_.row<T>(page_[b], slot), keys_.width));
+#endif
+        for (int k = 0; k < count; k++)
+            for (int v = 0; v < vectors; v++) {
+                const std::uint8_t* key[1] = {vector_of(code, v, q.quads)};
+                vint total[1][1];
+                products<1, 1>(key, &q.word[std::size_t(row[k]) * q.quads * WORDS], q.quads, total);
+                look(k, v, total[0][0]);
             }
+        for (const auto [i, slot] : keys) {
+            const float* query = &q.value[std::size_t(i) * q.padded];
+            score[i] = std::max(score[i], exact_dot(query, keys_.row<T>(page_[b], slot), keys_.width));
         }
-        return best;
+        stats.rescored_keys += keys.size();
     }
 
     const Keys& keys_;
@@ -486,7 +601,8 @@ Statistics select(const Call& call, const Q* q, std::int64_t stride_t, std::int6
     Statistics stats;
     Queries queries;
     queries.groups = groups;
-    std::vector<float> estimates;
+    // Kept from call to call: fresh memory costs a fault a page.
+    thread_local std::vector<float> scratch;
     OwnCodes own_codes;
     for (int r = 0; r < batch.requests; r++) {
         const std::int64_t begin = batch.start[r], end = batch.start[r + 1];
@@ -500,25 +616,35 @@ Statistics select(const Call& call, const Q* q, std::int64_t stride_t, std::int6
         if (!codes.code && scored && (end - begin) * groups >= QUERIES_TO_ENCODE)
             codes = own_codes.make<T>(keys, page, scored, call.threads);
         const Selection<T> selection(keys, codes, page, scored, call.num_selected, call.num_local);
-        const std::int64_t stride = (scored + LANES - 1) / LANES * LANES;
-        const std::int64_t step = std::clamp<std::int64_t>(ESTIMATES_AT_ONCE / (std::max<std::int64_t>(stride, 1) * groups), 1, 4096);
+        const std::int64_t step = std::clamp<std::int64_t>(ESTIMATES_AT_ONCE / (std::max<std::int64_t>(scored, 1) * groups), 1, 4096);
         for (std::int64_t first = begin; first < end; first += step) {
             queries.read(q + first * stride_t, stride_t, stride_g, int(std::min(step, end - first)), keys);
-            estimates.resize(std::size_t(queries.rows) * stride);
+            scratch.resize(std::max(scratch.size(), std::size_t(scored) * queries.stride()));
+            float* const estimates = scratch.data();
+            std::vector<std::int64_t> own(queries.stride());
+            std::vector<std::int32_t*> out(queries.stride());
+            for (int i = 0; i < queries.rows; i++) {
+                const std::int64_t t = first + i / groups;
+                own[i] = batch.position(r, t) / keys.block;
+                queries.others[i] = selection.others(own[i]);
+                out[i] = call.out + (t * groups + i % groups) * call.num_selected;
+            }
             std::int64_t blocks = 0, tokens = 0;
 #pragma omp parallel num_threads(call.threads) reduction(+ : blocks, tokens)
             {
 #pragma omp for schedule(dynamic)
                 for (std::int64_t b = 0; b < scored; b += PAGES_AT_ONCE)
-                    selection.estimate(queries, b, std::min(b + PAGES_AT_ONCE, scored), estimates.data(), stride);
-                Statistics mine;
-#pragma omp for schedule(dynamic, 4)
-                for (int i = 0; i < queries.rows; i++) {
-                    const std::int64_t t = first + i / groups;
-                    selection.choose(queries, i, batch.position(r, t) / keys.block, estimates.data() + i * stride,
-                                     call.out + (t * groups + i % groups) * call.num_selected, mine);
+                    selection.estimate(queries, b, std::min(b + PAGES_AT_ONCE, scored), estimates);
+                if (codes.code && scored) {
+#pragma omp for schedule(dynamic)
+                    for (int i = 0; i < queries.rows; i += LANES) selection.bound(queries, i, estimates);
+                    Statistics mine;
+#pragma omp for schedule(dynamic, PAGES_AT_ONCE)
+                    for (std::int64_t b = 0; b < scored; b++) selection.rescore(queries, b, estimates, mine);
+                    blocks += mine.rescored_blocks, tokens += mine.rescored_keys;
                 }
-                blocks += mine.rescored_blocks, tokens += mine.rescored_keys;
+#pragma omp for schedule(dynamic)
+                for (int i = 0; i < queries.rows; i += LANES) selection.choose(queries, i, &own[i], estimates, &out[i]);
             }
             stats.scanned += scored * queries.rows;
             stats.rescored_blocks += blocks, stats.rescored_keys += tokens;

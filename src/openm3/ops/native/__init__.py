@@ -80,6 +80,13 @@ def table(page_RP: Tensor) -> Tensor:
     return page_RP.to(torch.int32).contiguous()
 
 
+def on_huge_pages(x: Tensor) -> Tensor:
+    """Ask for huge pages under a dense tensor that nothing was written to yet: reads all over it translate less."""
+    if missing() is None and x.device.type == "cpu":
+        loaded().prefer_huge_pages(x)
+    return x
+
+
 def described() -> str:
     """One line for a report: the level in use and those there are, or why there is none."""
     reason = missing()

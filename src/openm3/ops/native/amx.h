@@ -52,6 +52,34 @@ private:
     };
 };
 
+// The instructions, with what compilers' own macros lack: tile numbers as constants, and order against other memory accesses.
+template <int Tile>
+inline void tile_load(const void* rows, std::int64_t row_bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(row_bytes), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+inline void tile_store(void* rows, std::int64_t row_bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(row_bytes), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
+}
+
+// C += A B, of bfloat16 numbers in float32.
+template <int C, int A, int B>
+inline void tile_product() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// C += A B, of signed and unsigned bytes in 32-bit integers.
+template <int C, int A, int B>
+inline void tile_product_bytes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
 #endif
 
 }  // namespace openm3

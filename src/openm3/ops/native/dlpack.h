@@ -8,6 +8,7 @@
 #include <nanobind/ndarray.h>
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -31,6 +32,7 @@ public:
         for (std::size_t i = 0; i < ndim(); i++) product *= shape(i);
         return product;
     }
+    std::size_t nbytes() const { return size() * t.dtype.bits / 8; }
 
 protected:
     nb::dlpack::dltensor t;
@@ -43,24 +45,24 @@ inline std::vector<std::int64_t> shape_of(const Tensor& x) {
 }
 
 // A dense tensor in memory of its own, for what only a kernel sees.
-class Scratch : public Tensor {
+class ScratchTensor : public Tensor {
 public:
-    Scratch(std::vector<std::int64_t> shape, nb::dlpack::dtype type) : shape_(std::move(shape)), stride_(shape_.size()) {
+    ScratchTensor(std::vector<std::int64_t> shape, nb::dlpack::dtype type) : shape_(std::move(shape)), stride_(shape_.size()) {
         std::int64_t count = 1;
         for (std::size_t i = shape_.size(); i-- > 0; count *= shape_[i]) stride_[i] = count;
-        memory_.resize(std::size_t(count) * type.bits / 8);
-        t.data = memory_.data();
         t.device = {nb::device::cpu::value, 0};
         t.ndim = int(shape_.size());
         t.dtype = type;
         t.shape = shape_.data();
         t.strides = stride_.data();
+        memory_ = std::make_unique_for_overwrite<char[]>(nbytes());
+        t.data = memory_.get();
     }
-    Scratch(const Scratch&) = delete;
+    ScratchTensor(const ScratchTensor&) = delete;
 
 private:
     std::vector<std::int64_t> shape_, stride_;
-    std::vector<char> memory_;
+    std::unique_ptr<char[]> memory_;
 };
 
 // The part of DLPack 1.3's DLPackExchangeAPI that is used here.

@@ -38,12 +38,12 @@ public:
         with_parts(parts, [&]<int B>(Count<B>) {
             for (int first = 0; first < tile.width; first += LANES)
                 for (std::int64_t k = 0; k < depth; k += STEP, to += B * TILE) {
-                    vfloat part[B][LANES];
+                    vint part[B][LANES];
                     for (int i = 0; i < LANES; i++) {
                         const X* row = rows[std::min(first + i, tile.count - 1)] + k;
                         vint line[B];
                         split<B>(row, depth - k, line);
-                        for (int j = 0; j < B; j++) part[j][i] = (vfloat)line[j];
+                        for (int j = 0; j < B; j++) part[j][i] = line[j];
                     }
                     for (int j = 0; j < B; j++) {
                         transpose(part[j]);
@@ -124,12 +124,12 @@ public:
             for (int first = 0; first < tile.count; first += LANES)
                 for (int row = 0; row < done; row += STEP) {
                     // Rounded in pairs of rows, so that half as many vectors are transposed.
-                    vfloat x[LANES];
+                    vint x[LANES];
                     for (int i = 0; i < LANES; i++) {
                         vint line[1];
                         const float* pair = c + (row + 2 * i) * tile.width + first;
                         split<1>(load(pair), load(pair + tile.width), line);
-                        x[i] = (vfloat)*interleaved(line[0]);
+                        x[i] = *interleaved(line[0]);
                     }
                     transpose(x);
                     for (int n = 0; n < std::min(LANES, tile.count - first); n++)
@@ -239,37 +239,37 @@ private:
         float* below = c + TILE_ROWS * V * LANES;
         const bfloat16 *more_rows = rows + count * A * TILE, *more_tokens = tokens + steps * B * TILE;
         if (add) {
-            _tile_loadd(0, c, line);
-            if constexpr (V == 2) _tile_loadd(1, c + LANES, line);
-            if constexpr (R == 2) _tile_loadd(2, below, line);
-            if constexpr (R == 2 && V == 2) _tile_loadd(3, below + LANES, line);
+            tile_load<0>(c, line);
+            if constexpr (V == 2) tile_load<1>(c + LANES, line);
+            if constexpr (R == 2) tile_load<2>(below, line);
+            if constexpr (R == 2 && V == 2) tile_load<3>(below + LANES, line);
         } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            tile_zero<0>();
+            tile_zero<1>();
+            tile_zero<2>();
+            tile_zero<3>();
         }
         for (int step = 0; step < count; step++) {
             ahead.fetch(step);
             for (int j = 0; j < B; j++) {
-                _tile_loadd(6, tokens + (step * B + j) * TILE, TILE_ROW_BYTES);
-                if constexpr (V == 2) _tile_loadd(7, more_tokens + (step * B + j) * TILE, TILE_ROW_BYTES);
+                tile_load<6>(tokens + (step * B + j) * TILE, TILE_ROW_BYTES);
+                if constexpr (V == 2) tile_load<7>(more_tokens + (step * B + j) * TILE, TILE_ROW_BYTES);
                 for (int i = 0; i < std::min(A, std::max(A, B) - j); i++) {
                     const bool once = A == 1 && j > 0;
-                    if (!once) _tile_loadd(4, rows + (step * A + i) * TILE, TILE_ROW_BYTES);
-                    _tile_dpbf16ps(0, 4, 6);
-                    if constexpr (V == 2) _tile_dpbf16ps(1, 4, 7);
+                    if (!once) tile_load<4>(rows + (step * A + i) * TILE, TILE_ROW_BYTES);
+                    tile_product<0, 4, 6>();
+                    if constexpr (V == 2) tile_product<1, 4, 7>();
                     if constexpr (R == 1) continue;
-                    if (!once) _tile_loadd(5, more_rows + (step * A + i) * TILE, TILE_ROW_BYTES);
-                    _tile_dpbf16ps(2, 5, 6);
-                    if constexpr (V == 2) _tile_dpbf16ps(3, 5, 7);
+                    if (!once) tile_load<5>(more_rows + (step * A + i) * TILE, TILE_ROW_BYTES);
+                    tile_product<2, 5, 6>();
+                    if constexpr (V == 2) tile_product<3, 5, 7>();
                 }
             }
         }
-        _tile_stored(0, c, line);
-        if constexpr (V == 2) _tile_stored(1, c + LANES, line);
-        if constexpr (R == 2) _tile_stored(2, below, line);
-        if constexpr (R == 2 && V == 2) _tile_stored(3, below + LANES, line);
+        tile_store<0>(c, line);
+        if constexpr (V == 2) tile_store<1>(c + LANES, line);
+        if constexpr (R == 2) tile_store<2>(below, line);
+        if constexpr (R == 2 && V == 2) tile_store<3>(below + LANES, line);
     }
 };
 

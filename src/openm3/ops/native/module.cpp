@@ -9,8 +9,11 @@
 #include "amx.h"
 #include "matrix.h"
 #include "simd.h"
+#include "tensors.h"
 
-namespace nb = nanobind;
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace openm3 {
 
@@ -39,13 +42,25 @@ static std::vector<std::string> levels() {
     return found;
 }
 
+// Advice only: a system without huge pages, or with none left, goes on with its own.
+static void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t PAGE = 4096;
+    const auto begin = (reinterpret_cast<std::uintptr_t>(x.data()) + PAGE - 1) / PAGE * PAGE;
+    const auto end = (reinterpret_cast<std::uintptr_t>(x.data()) + x.nbytes()) / PAGE * PAGE;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace openm3
 
 NB_MODULE(OPENM3_MODULE, m) {
+    namespace nb = nanobind;
     m.doc() = "Native operators of openm3 for one instruction-set level.";
     m.attr("lanes") = openm3::LANES;
     m.attr("has_tiles") = !std::is_same_v<openm3::Product, openm3::Fma>;
     m.def("levels", &openm3::levels, "Names of the levels that this processor can run, best first.");
+    m.def("prefer_huge_pages", &openm3::prefer_huge_pages, nb::arg("x"), "Ask for huge pages under a tensor.");
     openm3::bind_index(m);
     openm3::bind_attention(m);
     openm3::bind_linear(m);

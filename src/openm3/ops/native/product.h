@@ -10,7 +10,6 @@
 #include <memory>
 #include <new>
 #include <span>
-#include <utility>
 
 #include "native/simd.h"
 
@@ -63,36 +62,6 @@ inline void store_part(T* p, vfloat x, std::int64_t count) {
     T part[LANES];
     store(part, x);
     std::memcpy(p, part, std::size_t(count) * sizeof(T));
-}
-
-template <class Pick, std::size_t... I>
-inline vfloat pick(vfloat a, vfloat b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, Pick::lane(int(I))...);
-}
-
-// Lanes of a (0..LANES) and b (LANES..2 LANES), those that Pick::lane names.
-template <class Pick>
-inline vfloat pick(vfloat a, vfloat b) {
-    return pick<Pick>(a, b, std::make_index_sequence<LANES>{});
-}
-
-// What row i of a transposition takes from itself and from row i + S (or, High, what row i + S takes).
-template <int S, bool High>
-struct Swap {
-    static constexpr int lane(int i) { return High ? (i & S ? LANES + i : i + S) : (i & S ? LANES + i - S : i); }
-};
-
-template <int S = LANES / 2>
-inline void transpose(vfloat (&x)[LANES]) {
-    if constexpr (S > 0) {
-        for (int i = 0; i < LANES; i++) {
-            if (i & S) continue;
-            const vfloat a = x[i], b = x[i + S];
-            x[i] = pick<Swap<S, false>>(a, b);
-            x[i + S] = pick<Swap<S, true>>(a, b);
-        }
-        transpose<S / 2>(x);
-    }
 }
 
 // ---- weights

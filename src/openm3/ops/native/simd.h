@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -52,11 +53,18 @@ inline T from_float(float x) {
     else return to_bfloat16(x);
 }
 
-inline vfloat splat(float x) { return vfloat{} + x; }
+// x - 0 is x even for -0, which x + 0 is not: compilers see a plain broadcast here and an addition there.
+inline vfloat splat(float x) { return x - vfloat{}; }
 inline vint splat(std::int32_t x) { return vint{} + x; }
 
 inline vfloat load(const float* p) {
     vfloat x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+inline vint load(const std::int32_t* p) {
+    vint x;
     std::memcpy(&x, p, sizeof x);
     return x;
 }
@@ -126,10 +134,72 @@ inline unsigned bits(vint mask) {
 #endif
 }
 
+template <class Pick, class V, std::size_t... I>
+inline V pick(V a, V b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, Pick::lane(int(I))...);
+}
+
+// Lanes of a (0..LANES) and b (LANES..2 LANES), those that Pick::lane names.
+template <class Pick, class V>
+inline V pick(V a, V b) {
+    return pick<Pick>(a, b, std::make_index_sequence<LANES>{});
+}
+
+#if defined(__AVX512F__)
+// x[i][n] and x[n][i] change places.
+template <class V>
+inline void transpose(V (&x)[LANES]) {
+    // Pairs, then fours, then quarters of a register, each twice as far apart as before.
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)x[i], (__m512i)x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + k + 2]);
+            b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + k + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int k = 0; k < 4; k++) {
+            a[i + k] = _mm512_shuffle_i32x4(b[i + k], b[i + k + 4], 0x88);
+            a[i + k + 4] = _mm512_shuffle_i32x4(b[i + k], b[i + k + 4], 0xdd);
+        }
+    for (int k = 0; k < 8; k++) {
+        x[k] = (V)_mm512_shuffle_i32x4(a[k], a[k + 8], 0x88);
+        x[k + 8] = (V)_mm512_shuffle_i32x4(a[k], a[k + 8], 0xdd);
+    }
+}
+#else
+// What row i of a transposition takes from itself and from row i + S (or, High, what row i + S takes).
+template <int S, bool High>
+struct Swap {
+    static constexpr int lane(int i) { return High ? (i & S ? LANES + i : i + S) : (i & S ? LANES + i - S : i); }
+};
+
+// x[i][n] and x[n][i] change places: squares of S first, then those within.
+template <int S = LANES / 2, class V>
+inline void transpose(V (&x)[LANES]) {
+    if constexpr (S > 0) {
+        for (int i = 0; i < LANES; i++) {
+            if (i & S) continue;
+            const V a = x[i], b = x[i + S];
+            x[i] = pick<Swap<S, false>>(a, b);
+            x[i + S] = pick<Swap<S, true>>(a, b);
+        }
+        transpose<S / 2>(x);
+    }
+}
+#endif
+
 // e^x within 1 ulp for x in [-87.3, 88]; 0 below, infinity above, NaN for NaN.
 inline vfloat exp(vfloat x) {
+#if defined(__AVX512F__)
+    const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+#else
     // Adding 1.5 * 2^23 rounds to whole numbers.
     const vfloat n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+#endif
     const vfloat r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     vfloat p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -138,11 +208,17 @@ inline vfloat exp(vfloat x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+    const auto inside = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.3f), _CMP_NLT_UQ);
+    const auto large = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(88.0f), _CMP_GT_OQ);
+    return (vfloat)_mm512_mask_mov_ps(_mm512_maskz_scalef_ps(inside, (__m512)p, (__m512)n), large, (__m512)splat(INF));
+#else
     const vint shift = __builtin_convertvector(n, vint) << 23;
     const vfloat y = (vfloat)((vint)p + shift);
     const vfloat low = x < -87.3f ? splat(0.0f) : y;
     const vfloat both = x > 88.0f ? splat(INF) : low;
     return x == x ? both : x;
+#endif
 }
 
 }  // namespace openm3

@@ -1,5 +1,6 @@
 """Sampling: exact limits, honest frequencies, and draws that depend on their own request alone."""
 
+import itertools
 import math
 from typing import Any
 
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openm3.ops.sample import SampleParams, reference, sample, top_logprobs
+import openm3
+from openm3.ops.sample import SAMPLE, SampleParams, blocked, reference, sample, top_logprobs
 
 
 def draws(logit_V: Tensor, count: int = 2000, **values: Any) -> Tensor:
@@ -68,6 +70,26 @@ def test_draws_do_not_depend_on_the_batch() -> None:
         params = SampleParams(**{name: [given[r] for r in rows] for name, given in values.items()})
         got = sample(logit_RV[rows], params, [prompts[r] for r in rows], [outputs[r] for r in rows])
         assert torch.equal(got[0], id_R[rows]) and torch.equal(got[1], logprob_R[rows])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 17, 3000])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+def test_blocked_takes_the_references_tokens(vocabulary: int, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties, forbidden tokens and limits inside, at and beyond the candidates, which are few here."""
+    monkeypatch.setattr(blocked, "CANDIDATES", 8)
+    generator = torch.Generator().manual_seed(vocabulary)
+    limits = list(itertools.product((0, 1, 8, 9, 2000, 10_000), (0.0, 0.5, 0.95, 1.0), (0.0, 0.02, 1.0)))
+    logit_RV = torch.randn((len(limits), vocabulary), generator=generator) * spread
+    logit_RV[::2] = logit_RV[::2].round()
+    logit_RV[::3, 5 : vocabulary - 4] = -torch.inf
+    top_k, top_p, min_p = map(list, zip(*limits, strict=True))
+    params = SampleParams(temperature=0.9, top_k=top_k, top_p=top_p, min_p=min_p, seed=list(range(len(limits))), step=3)
+    assert SAMPLE.choose(logit_RV, params.values(logit_RV), (), ()).name == "blocked"
+    for output_ids in ((), [[0, vocabulary - 1]] * len(limits)):
+        with openm3.use("reference"):
+            wanted = sample(logit_RV, params, (), output_ids)
+        got = sample(logit_RV, params, (), output_ids)
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
 
 def test_steps_and_seeds_change_the_draw_and_repeat_it() -> None:

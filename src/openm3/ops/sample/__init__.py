@@ -23,9 +23,15 @@ import torch
 from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always
-from openm3.ops.sample import reference
+from openm3.ops.sample import blocked, reference
 
-SAMPLE = Operator("sample", (Implementation("reference", always, reference.sample),))
+SAMPLE = Operator(
+    "sample",
+    (
+        Implementation("blocked", blocked.supports, blocked.sample),
+        Implementation("reference", always, reference.sample),
+    ),
+)
 TOP_LOGPROBS = Operator("top_logprobs", (Implementation("reference", always, reference.top_logprobs),))
 OPERATORS = (SAMPLE, TOP_LOGPROBS)
 

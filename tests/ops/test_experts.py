@@ -351,11 +351,12 @@ def mixed(tokens: int, dtype: torch.dtype, group: int | None) -> tuple[tuple[Any
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 4, 70])
 def test_a_native_mixture_is_its_parts(tokens: int, dtype: torch.dtype, group: int | None) -> None:
     args, numbers = mixed(tokens, dtype, group)
     x_TD, router, num_active, routed, shared = args
-    assert MIXTURE.choose(*args, *numbers.values()).name == "native"
+    native_layers = tokens <= 4 or group or (dtype == torch.bfloat16 and native.loaded().has_tiles)
+    assert MIXTURE.choose(*args, *numbers.values()).name == ("native" if native_layers else "reference")
     out_TD = mixture(*args, **numbers)
     routed_TD = experts(x_TD, *route(x_TD, *router, num_active), *routed, alpha=ALPHA, limit=LIMIT)
     shared_TD = linear(swiglu(linear(x_TD, shared[0]), alpha=ALPHA, limit=LIMIT), shared[1])
@@ -367,10 +368,9 @@ def test_a_native_mixture_is_its_parts(tokens: int, dtype: torch.dtype, group: i
     torch.testing.assert_close(out_TD, defined_TD, rtol=0, atol=(1e-6 if dtype == torch.float32 else 2e-2) * size)
 
 
-def test_a_mixture_of_many_tokens_is_run_in_parts_and_has_gradients() -> None:
-    args, numbers = mixed(5, torch.float32, None)
-    assert MIXTURE.choose(*args, *numbers.values()).name == "reference"
-    x_TD = args[0][:2].clone().requires_grad_()
+def test_a_mixture_has_gradients() -> None:
+    args, numbers = mixed(2, torch.float32, None)
+    x_TD = args[0].clone().requires_grad_()
     mixture(x_TD, *args[1:], **numbers).sum().backward()
     assert x_TD.grad is not None and x_TD.grad.abs().sum() > 0
 

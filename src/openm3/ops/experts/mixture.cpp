@@ -1,22 +1,29 @@
-// The feed-forward half of a layer with experts, in one call: for a few tokens, whose arithmetic takes no longer than the calls
-// of its parts.
+// The feed-forward half of a layer with experts, in one call: the arithmetic of a few tokens takes no longer than the calls of
+// its parts.
 #include <nanobind/stl/optional.h>
 
 #include <optional>
 
 #include "experts/experts.h"
 #include "linear/linear.h"
+#include "native/product.h"
 #include "native/simd.h"
 
 namespace openm3 {
 namespace {
 
+// Numbers below which a second thread costs more than it saves.
+constexpr std::int64_t SERIAL = 1 << 16;
+
 // out += x * scale, rounded once.
 template <class T>
-void add_scaled(const Tensor& x, float scale, const Tensor& out) {
+void add_scaled(const Tensor& x, float scale, const Tensor& out, int threads) {
     const T* from = data_of<const T>(x, "x");
     T* to = data_of<T>(out, "out_TD");
-    for (std::size_t i = 0; i < out.size(); i++) to[i] = from_float<T>(to_float(to[i]) + scale * to_float(from[i]));
+    const std::int64_t count = out.size();
+#pragma omp parallel for num_threads(threads) schedule(static) if (count >= SERIAL)
+    for (std::int64_t i = 0; i < count; i += LANES)
+        store_part(to + i, load_part(to + i, count - i) + scale * load_part(from + i, count - i), count - i);
 }
 
 void mixture(const Tensor& x, const Tensor& router, const Tensor& bias, std::int64_t num_active, const Tensor& gate_up,
@@ -38,8 +45,8 @@ void mixture(const Tensor& x, const Tensor& router, const Tensor& bias, std::int
     linear(x, shared_gate_up, shared_gate_up_scale, hidden, threads);
     swiglu(hidden, alpha, limit, active, threads);
     linear(active, shared_down, shared_down_scale, out, threads);
-    if (is_float32(x)) add_scaled<float>(routed, scale, out);
-    else add_scaled<bfloat16>(routed, scale, out);
+    if (is_float32(x)) add_scaled<float>(routed, scale, out, threads);
+    else add_scaled<bfloat16>(routed, scale, out, threads);
 }
 
 }  // namespace

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from openm3.ops import native
-from openm3.ops.linear.native import FEW_OF_SMALL, parts, refusal
+from openm3.ops.linear.native import parts, refusal
+from openm3.ops.linear.native import supports as supports_linear
 from openm3.ops.linear.quantised import Weight
 
 
@@ -113,6 +114,6 @@ def supports_mixture(
     alpha: float,
     limit: float,
 ) -> str | None:
-    if x_TD.shape[0] > FEW_OF_SMALL:
-        return f"gains nothing from {FEW_OF_SMALL + 1} tokens on"
-    return supports_route(x_TD, *router, num_active) or refusal(x_TD, *routed, *shared)
+    reason = supports_route(x_TD, *router, num_active) or refusal(x_TD, *routed)
+    # Of x only dtype and rows count, which the second layer's input shares.
+    return reason or supports_linear(x_TD, shared[0]) or supports_linear(x_TD, shared[1])

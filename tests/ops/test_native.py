@@ -88,6 +88,15 @@ def test_arbitrary_tables_and_ids_raise_or_stay_inside(data: st.DataObject) -> N
             assert str(error)
 
 
+def test_a_torch_that_lends_no_tensors_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    native.missing.cache_clear()
+    try:
+        assert "it has no __dlpack_c_exchange_api__" in str(native.refusal(torch.zeros(1)))
+    finally:
+        native.missing.cache_clear()
+
+
 @needs_native
 @pytest.mark.parametrize("level", native.levels())
 def test_tensors_are_borrowed_as_they_lie(level: str) -> None:

@@ -1,8 +1,9 @@
 """Linear layers: `linear(x, weight)` gives `x @ weight^T`, where x is [..., D] and the weight [O, D].
 
 The weight is float, or a `QuantisedWeight`: int8 codes of shape [O, D] and float32 scales [O, G], where weight
-[o, d] is code[o, d] * scale[o, d * G // D]. Products are summed in float32 whatever the inputs (float64 for float64;
-PyTorch's own bfloat16 product where both are bfloat16), with the result in the dtype of x.
+[o, d] is code[o, d] * scale[o, d * G // D]. Products are summed in float32 whatever the inputs (float64 for float64),
+with the result in the dtype of x; where both are bfloat16 and PyTorch's own product is faster (native.py says from how
+many tokens on), it is used and sums as PyTorch does.
 
 `linear_each(x_TD, weights)` is the list of `linear(x_TD, weight)`, in one call where the tokens are few.
 

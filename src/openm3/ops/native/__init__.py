@@ -41,6 +41,8 @@ def module(level: str | None = None) -> ModuleType | None:
 @functools.cache
 def missing() -> str | None:
     """Why the native operators cannot run, None if they can."""
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return f"PyTorch {torch.__version__} cannot lend tensors to native code: it has no __dlpack_c_exchange_api__"
     if module() is not None:
         return None
     asked = os.environ.get("OPENM3_LEVEL")

@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench e2e clean
+.PHONY: help demo test check bench e2e sanitize clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,16 @@ bench: $(STAMP) ## measure this machine: every script in bench/
 
 e2e: $(STAMP) ## run the long tests on the bundled model
 	$(BIN)/python -m pytest -q -m e2e
+
+# A second build beside .venv's: -S keeps Python from finding the first.
+SANITIZED := build/sanitized
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+
+sanitize: $(STAMP) ## run the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m pip install -q --upgrade --no-deps --target $(SANITIZED) -C cmake.define.OPENM3_SANITIZE=ON .
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	$(BIN)/python -S -m pytest -q -n $(WORKERS) tests/ops
 
 clean: ## remove builds and caches, keep .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ from openm3.model.moe import Router
 from openm3.model.network import Network
 from openm3.model.session import Session
 from openm3.ops.cache import write_pages
+from openm3.ops.native import on_huge_pages
 
 CHUNK, DECODED = 512, 24
 _FILLED_AT_ONCE = 1 << 14
@@ -64,6 +65,7 @@ def random_network(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Ne
             module.float()
     network.to_empty(device="cpu").requires_grad_(False)
     for name, p in [*network.named_parameters(), *network.named_buffers()]:
+        on_huge_pages(p)
         if p.ndim == 1:
             p.zero_()
         else:

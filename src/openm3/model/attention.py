@@ -100,12 +100,16 @@ class Attention(nn.Module):
     def _project(self, x_TD: Tensor) -> Projections:
         """Heads before norm and rotation. The index branch's input is detached: only the index loss trains it."""
         c, count = self.config, x_TD.shape[0]
-        q_TX, k_TX, v_TX = linear_each(x_TD, [linear.stored() for linear in self._qkv])
-        q_TNH = q_TX.view(count, c.num_heads, c.head_dim)
-        k_TGH, v_TGH = (x.view(count, c.num_groups, c.head_dim) for x in (k_TX, v_TX))
+        qkv, index = ([linear.stored() for linear in linears] for linears in (self._qkv, self._index))
+        if torch.is_grad_enabled():
+            outs = linear_each(x_TD, qkv) + linear_each(x_TD.detach(), index)
+        else:
+            outs = linear_each(x_TD, qkv + index)
+        q_TNH = outs[0].view(count, c.num_heads, c.head_dim)
+        k_TGH, v_TGH = (x.view(count, c.num_groups, c.head_dim) for x in outs[1:3])
         if not self.sparse:
             return Projections(q_TNH, k_TGH, v_TGH)
-        index_q_TX, index_k_TJ = linear_each(x_TD.detach(), [linear.stored() for linear in self._index])
+        index_q_TX, index_k_TJ = outs[3:]
         return Projections(q_TNH, k_TGH, v_TGH, index_q_TX.view(count, c.num_groups, c.index_dim), index_k_TJ)
 
 

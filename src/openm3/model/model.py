@@ -21,6 +21,7 @@ from openm3.model.moe import Experts
 from openm3.model.network import Network
 from openm3.model.session import Session
 from openm3.ops.linear import Weight
+from openm3.ops.native import on_huge_pages
 from openm3.tokens.tokenizer import Tokenizer
 
 WEIGHT_GROUPS: dict[str, int | None] = {"int8": 32, "int8-channel": None}
@@ -155,7 +156,7 @@ def _materialise(network: Network, dtype: torch.dtype, weights: str | None) -> d
             kind = torch.int8
             scale = torch.empty((*value.shape[:-1], value.shape[-1] // group), dtype=torch.float32)
             setattr(module, leaf + "_scale", scale)
-        empty = torch.empty(value.shape, dtype=kind)
+        empty = on_huge_pages(torch.empty(value.shape, dtype=kind))
         if leaf in module._parameters:
             module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
         else:

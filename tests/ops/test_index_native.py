@@ -133,6 +133,9 @@ def test_few_blocks_are_looked_at_again() -> None:
     assert statistics.scanned_blocks == 511 * 24
     assert 15 * 24 <= statistics.rescored_blocks < 0.15 * statistics.scanned_blocks
     assert statistics.rescored_keys < 8 * statistics.rescored_blocks
+    keys = 511 * B
+    assert statistics.nbytes == keys * J + statistics.rescored_keys * J * 2
+    assert statistics.operations == 2 * J * (24 * keys + statistics.rescored_keys)
 
 
 def test_codes_that_know_nothing_are_harmless() -> None:

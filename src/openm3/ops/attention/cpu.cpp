@@ -3,7 +3,7 @@
 // The lanes of a vector are query rows: the heads of a group, of as many tokens as fit. So keys and values are read as
 // they lie, one number broadcast at a time, no product needs a transposed copy, and the softmax runs down the keys in
 // every lane at once. A tile's accumulators stay in the second-level cache while its blocks pass by; only the rows that
-// chose a block meet it.
+// chose a block meet it. Three classes multiply: VectorProducts anywhere, ManyRows and FewRows on matrix tiles.
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
@@ -350,10 +350,9 @@ private:
     void key_products(int first, const int* vector, float* const* score) {
         unroll<2 * R>([](auto i) { tile_zero<i>(); });
         const bfloat16* key = key_ + first * call_.k.stride_b;
-        for (int h = 0; h < call_.width; h += STEP) {
+        for (int h = 0; h < call_.width; h += STEP)
             multiply<R, QUERY_PARTS>(key + h, LANES * call_.k.stride_b, call_.k.stride_b,
-                                        [&](int r, int p) { return query(vector[r], p) + h * LANES; });
-        }
+                                     [&](int r, int p) { return query(vector[r], p) + h * LANES; });
         unroll<2 * R>([&](auto i) { tile_store<i>(score[i % R] + (first + i / R * LANES) * LANES, TILE_ROW_BYTES); });
     }
 
@@ -397,9 +396,7 @@ public:
         Base::key_ = key;
         Base::look_ahead(next_key, next_value);
         for (int s = 0; s < keys; s += STEP)
-            for (int h = 0; h < call_.width; h += STEP) {
-                transpose_values(value, s, std::min(STEP, keys - s), h);
-            }
+            for (int h = 0; h < call_.width; h += STEP) transpose_values(value, s, std::min(STEP, keys - s), h);
     }
 
     template <int R>
@@ -424,10 +421,9 @@ private:
     void value_products(int first, int keys, float* const* out) {
         const auto place = [&](int i) { return out[i % R] + (first + i / R * LANES) * LANES; };
         unroll<2 * R>([&](auto i) { tile_load<i>(place(i), TILE_ROW_BYTES); });
-        for (int s = 0; s < keys; s += STEP) {
+        for (int s = 0; s < keys; s += STEP)
             Base::template multiply<R, WEIGHT_PARTS>(value_ + std::size_t(first) * call_.block + s, LANES * call_.block, call_.block,
-                                                        [&](int r, int p) { return part(r, p) + s * LANES; });
-        }
+                                                     [&](int r, int p) { return part(r, p) + s * LANES; });
         unroll<2 * R>([&](auto i) { tile_store<i>(place(i), TILE_ROW_BYTES); });
     }
 

@@ -93,7 +93,7 @@ void dots(const Row<W>* rows, int num_rows, const X* const* x, int64_t depth, fl
         Row<W> row[R];
         for (int i = 0; i < R; i++) row[i] = rows[std::min(first + i, num_rows - 1)];
         // Long rows come from memory: the next ones are asked for in time.
-        const bool far = depth * int64_t(sizeof(W)) >= 2048;
+        const bool far = depth * int64_t(sizeof(W)) >= 512;
         const W* soon[R];
         for (int i = 0; i < R; i++) soon[i] = rows[std::min(first + R + i, num_rows - 1)].data;
         float value[count] = {};

@@ -12,7 +12,8 @@
 - The result (int32) holds logical blocks, ascending, -1 at the tail.
 
 `encode_pages(index_k_MBJ, slot_T, codes)` keeps `IndexCodes` true to slots just written. A selection that is given them
-scans a byte a number instead of two or four; what it selects does not depend on them.
+scans a byte a number instead of two or four; what it selects does not depend on them. `native.counted` is the same call
+and says what it took: blocks scanned and rescored, bytes, operations.
 
 `block_scores(...) -> score_TGP` is the same score, materialised, for tools and tests (-inf where nothing is visible).
 

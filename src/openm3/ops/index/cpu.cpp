@@ -342,7 +342,8 @@ struct Queries {
 };
 
 struct Statistics {
-    std::int64_t scanned = 0, rescored_blocks = 0, rescored_keys = 0;
+    // Scanned: blocks times query rows. Bytes: of codes (of keys where there are none), each read once for many rows.
+    std::int64_t scanned = 0, rescored_blocks = 0, rescored_keys = 0, bytes = 0;
 };
 
 // The best blocks of each of LANES query rows, best first: larger scores, then those that came first.
@@ -647,6 +648,7 @@ Statistics select(const Call& call, const Q* q, std::int64_t stride_t, std::int6
                 for (int i = 0; i < queries.rows; i += LANES) selection.choose(queries, i, &own[i], estimates, &out[i]);
             }
             stats.scanned += scored * queries.rows;
+            stats.bytes += scored * (codes.code ? keys.code_bytes() : keys.block * keys.width * std::int64_t(sizeof(T)));
             stats.rescored_blocks += blocks, stats.rescored_keys += tokens;
         }
     }
@@ -722,7 +724,7 @@ nb::tuple select_blocks(const Tensor& index_q, const Tensor& index_k, std::optio
         else if (is_bfloat16(index_k)) run(bfloat16{});
         else throw std::invalid_argument("index keys must be float32 or bfloat16");
     }
-    return nb::make_tuple(stats.scanned, stats.rescored_blocks, stats.rescored_keys);
+    return nb::make_tuple(stats.scanned, stats.rescored_blocks, stats.rescored_keys, stats.bytes);
 }
 
 }  // namespace
@@ -733,7 +735,7 @@ void bind_index(nb::module_& m) {
     m.def("select_blocks", &select_blocks, nb::arg("index_q_TGJ"), nb::arg("index_k_MBJ"), nb::arg("code_MC").none(),
           nb::arg("bound_M3").none(), nb::arg("page_RP"), nb::arg("start_R1"), nb::arg("length_R"), nb::arg("num_selected"),
           nb::arg("num_local"), nb::arg("block_TGK"), nb::arg("threads"),
-          "Fill block_TGK; returns blocks scanned, blocks rescored and keys rescored.");
+          "Fill block_TGK; returns blocks scanned, blocks and keys rescored, and bytes scanned.");
 }
 
 }  // namespace openm3

@@ -17,11 +17,16 @@ TILE = 16
 
 
 class Statistics(NamedTuple):
-    """What one call did, over all tokens and groups: blocks scanned by their codes, blocks and keys scored exactly."""
+    """What one call did, over all tokens and groups: blocks scanned by their codes, blocks and keys scored exactly.
+
+    `nbytes` is what was read, codes once for all tokens read together; `operations` are multiplications and additions.
+    """
 
     scanned_blocks: int
     rescored_blocks: int
     rescored_keys: int
+    nbytes: int
+    operations: int
 
 
 def select_blocks(
@@ -50,7 +55,8 @@ def counted(
     """The selection, and what it took."""
     block_TGK = torch.empty((*index_q_TGJ.shape[:2], num_selected), dtype=torch.int32)
     code_MC, bound_M3 = (None, None) if codes is None else codes
-    counts = native.loaded().select_blocks(
+    block_size, width = index_k_MBJ.shape[1:]
+    scanned, blocks, keys, nbytes = native.loaded().select_blocks(
         native.dense(index_q_TGJ),
         native.dense(index_k_MBJ),
         code_MC,
@@ -63,7 +69,8 @@ def counted(
         block_TGK,
         native.threads(),
     )
-    return block_TGK, Statistics(*counts)
+    nbytes += keys * width * index_k_MBJ.itemsize
+    return block_TGK, Statistics(scanned, blocks, keys, nbytes, 2 * width * (scanned * block_size + keys))
 
 
 def encode_pages(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> None:

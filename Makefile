@@ -40,15 +40,18 @@ bench: $(STAMP) ## measure this machine: every script in bench/
 e2e: $(STAMP) ## run the long tests on the bundled model
 	$(BIN)/python -m pytest -q -m e2e
 
-# A second build beside .venv's: -S keeps Python from finding the first.
+# A second environment with .venv's packages but an openm3 of its own: Python reads no .pth file that another one leads to.
 SANITIZED := build/sanitized
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 sanitize: $(STAMP) ## run the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python -m pip install -q --upgrade --no-deps --target $(SANITIZED) -C cmake.define.OPENM3_SANITIZE=ON .
+	$(PYTHON) -m venv --without-pip $(SANITIZED)
+	$(BIN)/python $(PURELIB) > "$$($(SANITIZED)/bin/python $(PURELIB))/packages.pth"
+	$(BIN)/python -m pip --python $(SANITIZED)/bin/python install -q --no-deps --force-reinstall \
+	  -C cmake.define.OPENM3_SANITIZE=ON .
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	$(BIN)/python -S -m pytest -q -n $(WORKERS) tests/ops
+	  $(SANITIZED)/bin/python -m pytest -q -n $(WORKERS) tests/ops
 
 clean: ## remove builds and caches, keep .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -105,7 +105,7 @@ def test_every_command_is_documented() -> None:
 def test_make_targets_are_documented_by_make_help() -> None:
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = set(re.findall(r"^  make (\w+) ", result.stdout, re.MULTILINE))
-    assert listed == make_targets() == {"help", "demo", "test", "check", "bench", "e2e", "clean"}
+    assert listed == make_targets() == {"help", "demo", "test", "check", "bench", "e2e", "sanitize", "clean"}
 
 
 def test_documented_paths_exist() -> None:

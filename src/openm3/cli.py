@@ -292,7 +292,11 @@ def _add_bench_ops(subjects: Commands) -> None:
         "openm3 bench ops --headline",
     )
     parser.add_argument(
-        "--case", metavar="NAME", nargs="+", help="cases to time, by name or pattern (default: all but served_*)"
+        "--case",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="cases to time, by name or pattern (default: all but served_*)",
     )
     parser.add_argument("--list", action="store_true", help="list the cases and time nothing")
     parser.add_argument("--quick", action="store_true", help="the five main cases, in less than 50 seconds")

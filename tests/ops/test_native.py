@@ -1,7 +1,9 @@
 """Finding the native operators: levels, reasons when they are missing, and nothing read outside its tensors."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +117,20 @@ def test_tensors_are_borrowed_as_they_lie(level: str) -> None:
         module.rms_norm(x.double(), weight, 1e-6, out, 1)
     with pytest.raises(ValueError, match="wrong number of axes"):
         module.rms_norm(x[0], weight, 1e-6, out, 1)
+
+
+@pytest.mark.skipif(
+    native.missing() is not None or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="needs the native operators and a system with huge pages",
+)
+def test_huge_pages_are_asked_for_and_nothing_is_lost() -> None:
+    x = torch.zeros(4 << 20)
+    assert native.on_huge_pages(x) is x
+    assert not x.any()
+    inside, flags = False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= x.data_ptr() + x.nbytes // 2 < int(span[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line
+    assert "hg" in flags.split()

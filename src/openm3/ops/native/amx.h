@@ -5,6 +5,7 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -17,12 +18,16 @@
 
 namespace openm3 {
 
-// Whether the processor has tiles and the system lets this process use them, which has to be asked for once.
+// Whether the processor has tiles and the system lets this process use them, which has to be asked for once. Compilers
+// disagree about the names of these features, so the processor itself is asked.
 inline bool amx_granted() {
 #if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    static const bool granted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                                __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25, ALL = BF16 | TILE | INT8;
+    static const bool granted = [] {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & ALL) == ALL && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    }();
     return granted;
 #else
     return false;

@@ -1,5 +1,6 @@
 """Finding the native operators: levels, reasons when they are missing, and nothing read outside its tensors."""
 
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def in_a_new_process(level: str, code: str) -> str:
     script = f"from openm3.ops import native\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={"OPENM3_LEVEL": level, "PYTHONPATH": ":".join(sys.path)},
+        env={**os.environ, "OPENM3_LEVEL": level, "PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
         check=True,

@@ -31,6 +31,7 @@ inline constexpr int REGISTERS = 16;
 
 typedef float vfloat __attribute__((vector_size(LANES * 4)));
 typedef std::int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef std::uint32_t vuint __attribute__((vector_size(LANES * 4)));
 
 inline constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -213,8 +214,8 @@ inline vfloat exp(vfloat x) {
     const auto large = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(88.0f), _CMP_GT_OQ);
     return (vfloat)_mm512_mask_mov_ps(_mm512_maskz_scalef_ps(inside, (__m512)p, (__m512)n), large, (__m512)splat(INF));
 #else
-    const vint shift = __builtin_convertvector(n, vint) << 23;
-    const vfloat y = (vfloat)((vint)p + shift);
+    // Unsigned: outside the range, where the sum means nothing and is not taken, it may overflow.
+    const vfloat y = (vfloat)((vuint)p + ((vuint)__builtin_convertvector(n, vint) << 23));
     const vfloat low = x < -87.3f ? splat(0.0f) : y;
     const vfloat both = x > 88.0f ? splat(INF) : low;
     return x == x ? both : x;

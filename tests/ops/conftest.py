@@ -1,13 +1,19 @@
 """What the operators' tests share: running one implementation or one native level, or saying why it cannot run."""
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from openm3.ops import native
-from openm3.ops.dispatch import Implementation
+from openm3.ops import native, triton
+from openm3.ops.dispatch import Implementation, use
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported, and torch.compile may be the first to import it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
@@ -34,3 +40,12 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         pytest.skip(native.missing() or f"{request.param} is not compiled, or not what this processor runs")
     monkeypatch.setattr(native, "loaded", lambda: native.module(request.param))
     return str(request.param)
+
+
+@pytest.fixture
+def triton_device() -> Iterator[torch.device]:
+    """Forces Triton's kernels; yields the GPU or, without one, the CPU, where Triton's interpreter runs them."""
+    if reason := triton.missing():
+        pytest.skip(reason)
+    with use("triton"):
+        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")

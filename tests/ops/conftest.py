@@ -43,9 +43,28 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 @pytest.fixture
-def triton_device() -> Iterator[torch.device]:
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Forces Triton's kernels; yields the GPU or, without one, the CPU, where Triton's interpreter runs them."""
     if reason := triton.missing():
         pytest.skip(reason)
-    with use("triton"):
-        yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+    else:
+        device = torch.device("cpu")
+        mend_interpreter(monkeypatch)
+    with use("triton"), warnings.catch_warnings():
+        # NumPy, in which the interpreter computes, warns of NaN and infinities.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield device
+
+
+def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more."""
+    from triton.runtime import interpreter
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch_tensor = interpreter._patch_lang_tensor
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)

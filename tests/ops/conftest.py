@@ -59,12 +59,25 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more."""
+    """Two faults of Triton 3.6's interpreter.
+
+    It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, and multiplies
+    matrices of bfloat16 as if the integers that hold them were the numbers.
+    """
     from triton.runtime import interpreter
 
     def patch(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    patch_tensor = interpreter._patch_lang_tensor
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(builder, widened(a), widened(b), *rest)
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != interpreter.tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
+
+    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

@@ -72,4 +72,4 @@ def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tiles_are_powers_of_two() -> None:
     assert [triton.padded(size) for size in (0, 1, 2, 3, 128, 129)] == [1, 1, 2, 4, 128, 256]
     assert triton.padded(3, least=16) == 16
-    assert triton.processors(torch.device("cpu")) == triton.PROCESSORS
+    assert triton.machine(torch.device("cpu")) == triton.INTERPRETER

@@ -13,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,16 @@ from openm3.ops.dispatch import Implementation, forced
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels take."""
 
-PROCESSORS = 132
-"""Multiprocessors that tile choices assume where they cannot ask: an H200's."""
+
+class Machine(NamedTuple):
+    """A device as tile choices see it: multiprocessors to fill, and the shared memory that one program may use."""
+
+    processors: int
+    shared_bytes: int
+
+
+INTERPRETER = Machine(processors=1, shared_bytes=227 << 10)
+"""Triton's interpreter, which runs one program at a time."""
 
 
 def implementation(operator: str, name: str) -> Implementation:
@@ -76,12 +84,12 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors there are to fill."""
+def machine(device: torch.device) -> Machine:
+    """What tile choices have to know of a device."""
     if device.type != "cuda":
-        return PROCESSORS
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def padded(size: int, least: int = 1) -> int:

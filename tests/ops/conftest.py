@@ -59,10 +59,10 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two faults of Triton 3.6's interpreter.
+    """Three faults of Triton 3.6's interpreter.
 
-    It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, and multiplies
-    matrices of bfloat16 as if the integers that hold them were the numbers.
+    It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
+    of bfloat16 as if the integers that hold them were the numbers, and cuts float32 to bfloat16 instead of rounding.
     """
     from triton.runtime import interpreter
 
@@ -78,6 +78,14 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             return x
         return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
 
+    def cast(builder: Any, x: Any, dtype: Any) -> Any:
+        if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.bfloat16):
+            return cast_impl(builder, x, dtype)
+        rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return interpreter.TensorHandle(rounded, dtype.scalar)
+
+    cast_impl = interpreter.InterpreterBuilder.cast_impl
     patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)

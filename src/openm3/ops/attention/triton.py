@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openm3.ops.triton import interpreting, machine, padded, refusal
+from openm3.ops.triton import machine, padded, refusal
 
 FEW_TOKENS = 8
 """Requests of up to so many tokens split each token's blocks over programs."""
@@ -29,8 +29,6 @@ FEW_TOKENS = 8
 MAX_HEADS = 128
 MAX_WIDTH = 256
 MAX_SELECTED = 4096
-
-_INTERPRETED = tl.constexpr(interpreting())
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Split:
-    """How a token's blocks are shared out: `splits` programs of `blocks` blocks each, all of them shaped like `tile`."""
+    """How a token's blocks are shared out: `splits` programs of `blocks` blocks each, all shaped like `tile`."""
 
     tile: Tile
     blocks: int
@@ -59,8 +57,8 @@ def choose_tile(
 ) -> Tile:
     """The tile of long requests; `num_selected` is None in dense layers.
 
-    Not yet measured on a device. 128 rows of 16 bits give Hopper's two warpgroups a product of 64 rows each; float32 has
-    no tensor cores, and its operands take twice the room.
+    Not yet measured on a device. 128 rows of 16 bits give Hopper's two warpgroups a product of 64 rows each; float32
+    runs on no tensor cores, and its operands take twice the room.
     """
     tokens = max(1, 256 // itemsize // padded(heads))
     if num_selected is not None:
@@ -390,15 +388,6 @@ def _unite(
 
 
 @triton.jit
-def _product(a, b):
-    if _INTERPRETED:
-        # The interpreter would multiply the bits of bfloat16 numbers as integers.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def _step(
     top,
     total,
@@ -419,13 +408,15 @@ def _step(
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One step of the online softmax: KEYS keys from `slot` on. A row sees those up to its limit; from `end` on nothing
-    is read."""
+    """One step of the online softmax: KEYS keys from `slot` on, of which a row sees those up to its limit.
+
+    From `end` on nothing is read.
+    """
     i = tl.arange(0, KEYS)
     c = tl.arange(0, WIDTH)
     there = (slot + i < end)[:, None] & (c < USED_WIDTH)[None, :]
     b_k = tl.load(p_k + i[:, None] * stride_k_b + c[None, :] * stride_k_h, mask=there, other=0.0)
-    score = _product(b_q, tl.trans(b_k.to(DTYPE))) * scale
+    score = tl.dot(b_q, tl.trans(b_k.to(DTYPE)), input_precision="ieee") * scale
     score = tl.where((slot + i)[None, :] <= limit[:, None], score, -float("inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1))
     # Rows that have seen nothing yet must not subtract infinity from infinity.
@@ -433,7 +424,7 @@ def _step(
     weight = tl.exp2(score - base[:, None])
     shrink = tl.exp2(top - base)
     b_v = tl.load(p_v + i[:, None] * stride_v_b + c[None, :] * stride_v_h, mask=there, other=0.0)
-    acc = acc * shrink[:, None] + _product(weight.to(DTYPE), b_v.to(DTYPE))
+    acc = tl.dot(weight.to(DTYPE), b_v.to(DTYPE), acc * shrink[:, None], input_precision="ieee")
     return new_top, total * shrink + tl.sum(weight, axis=1), acc
 
 
@@ -602,7 +593,7 @@ def _attend_split(
     BY_TOKEN: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """One token, all heads of a group, over a share of its blocks: a partial result and its log2 sum of exponentials."""
+    """One token, all heads of a group, over a share of its blocks: a partial result and its log-sum-exp to base 2."""
     place, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r, token, position, part_row, exists = _few(place, p_start, p_length, few, FEW, BY_TOKEN)
     own = position // BLOCK

@@ -1,13 +1,19 @@
 """What the operators' tests share: running one implementation or one native level, or saying why it cannot run."""
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from openm3.ops import native
-from openm3.ops.dispatch import Implementation
+from openm3.ops import native, triton
+from openm3.ops.dispatch import Implementation, use
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported, and torch.compile may be the first to import it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
@@ -34,3 +40,52 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         pytest.skip(native.missing() or f"{request.param} is not compiled, or not what this processor runs")
     monkeypatch.setattr(native, "loaded", lambda: native.module(request.param))
     return str(request.param)
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Forces Triton's kernels; yields the GPU or, without one, the CPU, where Triton's interpreter runs them."""
+    if reason := triton.missing():
+        pytest.skip(reason)
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+    else:
+        device = torch.device("cpu")
+        mend_interpreter(monkeypatch)
+    with use("triton"), warnings.catch_warnings():
+        # NumPy, in which the interpreter computes, warns of NaN and infinities.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield device
+
+
+def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three faults of Triton 3.6's interpreter.
+
+    It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
+    of bfloat16 as if the integers that hold them were the numbers, and cuts float32 to bfloat16 instead of rounding.
+    """
+    from triton.runtime import interpreter
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(builder, widened(a), widened(b), *rest)
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != interpreter.tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
+
+    def cast(builder: Any, x: Any, dtype: Any) -> Any:
+        if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.bfloat16):
+            return cast_impl(builder, x, dtype)
+        rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
+        return interpreter.TensorHandle(rounded, dtype.scalar)
+
+    cast_impl = interpreter.InterpreterBuilder.cast_impl
+    patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)

@@ -64,7 +64,7 @@ def test_use_ends_with_an_error_too() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="unknown implementation 'fast'; choose one of reference, blocked, native, compiled"
+        ValueError, match="unknown implementation 'fast'; choose one of reference, blocked, native, triton, compiled"
     ):
         use("fast").__enter__()
     with pytest.raises(ValueError, match="unknown implementation"), openm3.use("Reference"):

@@ -37,9 +37,9 @@ def test_render_shows_reasons() -> None:
     found["operators"] = {"select_blocks": {"blocked": {"cpu": "needs wings"}, "reference": {"cpu": "yes"}}}
     lines = render(found).splitlines()
     assert lines[0] == f"Python    {found['python']}, PyTorch {found['torch']}"
-    assert lines[6].split() == ["operator", "implementation", "device", "runs"]
-    assert lines[7].split() == ["select_blocks", "blocked", "cpu", "needs", "wings"]
-    assert lines[8].split() == ["reference", "cpu", "yes"]
+    assert lines[7].split() == ["operator", "implementation", "device", "runs"]
+    assert lines[8].split() == ["select_blocks", "blocked", "cpu", "needs", "wings"]
+    assert lines[9].split() == ["reference", "cpu", "yes"]
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -24,7 +24,7 @@ from openm3.errors import UnsupportedError
 
 _forced: ContextVar[str | None] = ContextVar("openm3_implementation", default=None)
 
-NAMES = ("reference", "blocked", "native", "compiled")
+NAMES = ("reference", "blocked", "native", "triton", "compiled")
 """Every implementation name that `use` accepts."""
 
 
@@ -82,6 +82,11 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The name that `use` forces in the current context, None outside of it."""
+    return _forced.get()
 
 
 def always(*_args: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from openm3.ops import attention, cache, experts, index, linear, native, norm, sample
+from openm3.ops import attention, cache, experts, index, linear, native, norm, sample, triton
 from openm3.ops.cases import ExpertCase, Packed, PackedCase, Routed, packed, routed
 
 OPERATORS = (
@@ -59,6 +59,7 @@ def report() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "native": native.described(),
+        "triton": triton.described(),
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "operators": operators,
     }
@@ -72,6 +73,7 @@ def render(report: dict[str, Any]) -> str:
         f"platform  {report['platform']}",
         f"CPU       {cpu['features']}, {cpu['threads']} of {cpu['cores']} cores in use",
         f"native    {report['native']}",
+        f"Triton    {report['triton']}",
         f"CUDA      {', '.join(report['cuda']) or 'no device'}",
         "",
     ]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from openm3.ops import triton
 from openm3.ops.attention import blocked, compiled, native, reference
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import check_batch
@@ -35,6 +36,7 @@ SPARSE = Operator(
     (
         Implementation("native", native.supports, native.sparse_attention),
         Implementation("blocked", blocked.supports, blocked.sparse_attention),
+        triton.implementation("attention", "sparse_attention"),
         Implementation("reference", always, _reference_sparse),
         Implementation("compiled", compiled.supports, compiled.sparse_attention, opt_in=True),
     ),
@@ -43,6 +45,7 @@ SPARSE_LSE = Operator(
     "sparse_attention_lse",
     (
         Implementation("native", native.supports, native.sparse_attention_lse),
+        triton.implementation("attention", "sparse_attention_lse"),
         Implementation("reference", always, reference.sparse_attention),
     ),
 )
@@ -51,6 +54,7 @@ DENSE = Operator(
     (
         Implementation("native", native.supports, native.dense_attention),
         Implementation("blocked", blocked.supports, blocked.dense_attention),
+        triton.implementation("attention", "dense_attention"),
         Implementation("reference", always, _reference_dense),
         Implementation("compiled", compiled.supports, compiled.dense_attention, opt_in=True),
     ),

@@ -1,9 +1,9 @@
 """Writing a step's keys, values and index keys into the pages of a layer's pool.
 
 `write_pages(k_TGH, v_TGH, index_k_TJ, pool, slot_T)` stores token t at `slot_T[t] = page * 128 + offset` of the pool,
-in place, in the pool's dtype; slots are distinct, and on the CPU ValueError names one outside the pool. `index_k_TJ`
-and the pool's index part are None in layers without a selection. Codes of the index keys, where the pool has them, are
-brought up to date for the pages written.
+in place, in the pool's dtype; slots are distinct. On the CPU ValueError names one outside the pool; elsewhere the host
+does not look, and Triton's kernel stores nothing there. `index_k_TJ` and the pool's index part are None in layers
+without a selection. Codes of the index keys, where the pool has them, are brought up to date for the pages written.
 
 `write_heads(heads, norms, rope, eps, pool, slot_T)` is what a layer of attention does with its projections:
 `turn_heads` (the norm and rotation of `openm3.ops.norm`, for queries and keys, each with its weight), then
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from openm3.ops import triton
 from openm3.ops.cache import native, reference
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import IndexCodes, encode_pages
@@ -71,6 +72,7 @@ WRITE_PAGES = Operator(
     "write_pages",
     (
         Implementation("native", native.supports, native.write_pages),
+        triton.implementation("cache", "write_pages"),
         Implementation("reference", always, _reference),
     ),
 )

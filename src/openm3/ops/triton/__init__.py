@@ -1,0 +1,110 @@
+"""Triton kernels: one source for every CUDA GPU, each in the `triton.py` of its operator, loaded with its first call.
+
+Triton takes long to import, so nothing here or beside imports it before a call brings CUDA tensors. For tests there is
+Triton's interpreter: in a process that starts with `TRITON_INTERPRET=1` the kernels also take CPU tensors, slowly and
+only inside `with use("triton"):`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from openm3.ops.dispatch import Implementation, forced
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take."""
+
+
+class Machine(NamedTuple):
+    """A device as tile choices see it: multiprocessors to fill, and the shared memory that one program may use."""
+
+    processors: int
+    shared_bytes: int
+
+
+INTERPRETER = Machine(processors=1, shared_bytes=227 << 10)
+"""Triton's interpreter, which runs one program at a time."""
+
+
+def implementation(operator: str, name: str) -> Implementation:
+    """The function `name` of `openm3.ops.<operator>.triton`, refused by its `supports_<name>`; loaded when needed."""
+
+    @functools.cache
+    def loaded(attribute: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"openm3.ops.{operator}.triton"), attribute)
+        return found
+
+    def supports(*args: Any) -> str | None:
+        reason = refused_device(next(_tensors(args))) or missing()
+        return reason or loaded(f"supports_{name}")(*args)
+
+    def run(*args: Any) -> Any:
+        return loaded(name)(*args)
+
+    return Implementation("triton", supports, run)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no Triton kernel can run, None if they can."""
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed (pip install triton)"
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refused_device(x: Tensor) -> str | None:
+    """Why a tensor is not where kernels run, None if it is."""
+    if x.is_cuda or (x.is_cpu and interpreting() and forced() == "triton"):
+        return None
+    return f"needs CUDA tensors, not {x.device.type}"
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why kernels cannot take these tensors: `supports` of an implementation begins with it."""
+    for x in tensors:
+        if reason := refused_device(x):
+            return reason
+        if x.dtype not in DTYPES:
+            return f"takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "has no gradients"
+    return None
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """What tile choices have to know of a device."""
+    if device.type != "cuda":
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The smallest power of two that holds `size` and `least`: tiles are powers of two."""
+    return 1 << (max(size, least, 1) - 1).bit_length()
+
+
+def described() -> str:
+    """One line for a report: the version, or why there is none."""
+    return missing() or importlib.metadata.version("triton")
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple | list):
+            yield from _tensors(x)

@@ -45,7 +45,7 @@ def test_selection_in_narrow_dtypes(name: str, dtype: torch.dtype, triton_device
     assert torch.equal(selected(named(name), p, triton_device), wanted(named(name), p))
 
 
-@pytest.mark.parametrize("name", ["mixed_batch", "three_groups_of_one", "all_equal", "two_local"])
+@pytest.mark.parametrize("name", ["block_edges", "three_groups_of_one", "verify_eight_tokens"])
 def test_many_programs_select_what_one_does(
     name: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,9 +54,9 @@ def test_many_programs_select_what_one_does(
 
     case, p = named(name), packed(named(name))
     monkeypatch.setattr(kernels, "machine", lambda _device: H200)
-    monkeypatch.setattr(kernels, "WORKSPACE", 1000)
+    monkeypatch.setattr(kernels, "WORKSPACE", 100)
     select_tiles = kernels.select_tiles
-    monkeypatch.setattr(kernels, "select_tiles", lambda *args: replace(select_tiles(*args), rows=8, blocks=4))
+    monkeypatch.setattr(kernels, "select_tiles", lambda *args: replace(select_tiles(*args), rows=32, blocks=4))
     assert torch.equal(selected(case, p, triton_device), wanted(case, p))
 
 

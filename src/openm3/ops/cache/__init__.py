@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from openm3.ops import triton
 from openm3.ops.cache import native, reference
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import IndexCodes, encode_pages
 from openm3.ops.norm import norm_rotate
+from openm3.ops.triton import implementation as in_triton
 
 
 class Pool(NamedTuple):
@@ -72,7 +72,7 @@ WRITE_PAGES = Operator(
     "write_pages",
     (
         Implementation("native", native.supports, native.write_pages),
-        triton.implementation("cache", "write_pages"),
+        in_triton("cache", "write_pages"),
         Implementation("reference", always, _reference),
     ),
 )

@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openm3.ops import triton
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import blocked, native, reference
 from openm3.ops.native import missing, on_huge_pages
+from openm3.ops.triton import implementation as in_triton
 
 
 class IndexCodes(NamedTuple):
@@ -49,7 +49,7 @@ SELECT_BLOCKS = Operator(
     "select_blocks",
     (
         Implementation("native", native.supports, native.select_blocks),
-        triton.implementation("index", "select_blocks"),
+        in_triton("index", "select_blocks"),
         Implementation("blocked", blocked.supports, blocked.select_blocks),
         Implementation("reference", always, reference.select_blocks),
     ),

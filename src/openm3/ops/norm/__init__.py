@@ -16,15 +16,15 @@ import functools
 import torch
 from torch import Tensor
 
-from openm3.ops import triton
 from openm3.ops.dispatch import Implementation, Operator, always, compiled
 from openm3.ops.norm import native, reference
+from openm3.ops.triton import implementation as in_triton
 
 RMS_NORM = Operator(
     "rms_norm",
     (
         Implementation("native", native.supports_rms_norm, native.rms_norm),
-        triton.implementation("norm", "rms_norm"),
+        in_triton("norm", "rms_norm"),
         Implementation("reference", always, reference.rms_norm),
         compiled(reference.rms_norm),
     ),
@@ -33,7 +33,7 @@ NORM_ROTATE = Operator(
     "norm_rotate",
     (
         Implementation("native", native.supports_norm_rotate, native.norm_rotate),
-        triton.implementation("norm", "norm_rotate"),
+        in_triton("norm", "norm_rotate"),
         Implementation("reference", always, reference.norm_rotate),
         compiled(reference.norm_rotate),
     ),

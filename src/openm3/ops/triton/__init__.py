@@ -89,7 +89,8 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
-    return Machine(found.multi_processor_count, found.shared_memory_per_block_optin)
+    shared_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Machine(found.multi_processor_count, shared_bytes)
 
 
 def padded(size: int, least: int = 1) -> int:

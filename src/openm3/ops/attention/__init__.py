@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from openm3.ops import triton
 from openm3.ops.attention import blocked, compiled, native, reference
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import check_batch
+from openm3.ops.triton import implementation as in_triton
 
 
 def _reference_sparse(*args: object) -> Tensor:
@@ -36,7 +36,7 @@ SPARSE = Operator(
     (
         Implementation("native", native.supports, native.sparse_attention),
         Implementation("blocked", blocked.supports, blocked.sparse_attention),
-        triton.implementation("attention", "sparse_attention"),
+        in_triton("attention", "sparse_attention"),
         Implementation("reference", always, _reference_sparse),
         Implementation("compiled", compiled.supports, compiled.sparse_attention, opt_in=True),
     ),
@@ -45,7 +45,7 @@ SPARSE_LSE = Operator(
     "sparse_attention_lse",
     (
         Implementation("native", native.supports, native.sparse_attention_lse),
-        triton.implementation("attention", "sparse_attention_lse"),
+        in_triton("attention", "sparse_attention_lse"),
         Implementation("reference", always, reference.sparse_attention),
     ),
 )
@@ -54,7 +54,7 @@ DENSE = Operator(
     (
         Implementation("native", native.supports, native.dense_attention),
         Implementation("blocked", blocked.supports, blocked.dense_attention),
-        triton.implementation("attention", "dense_attention"),
+        in_triton("attention", "dense_attention"),
         Implementation("reference", always, _reference_dense),
         Implementation("compiled", compiled.supports, compiled.dense_attention, opt_in=True),
     ),

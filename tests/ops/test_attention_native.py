@@ -143,6 +143,21 @@ def test_large_scores_do_not_overflow() -> None:
     torch.testing.assert_close(lse_TN.double(), truth_TN, rtol=1e-6, atol=1e-5)
 
 
+def test_exp_is_within_two_units_in_the_last_place() -> None:
+    """Far below a larger score, the weight of a value of one is the exponential itself: the sum rounds to one."""
+    exponent_T = torch.linspace(-87, -18, 20_000)
+    k_MGBH, v_MGBH = torch.zeros(2, 1, 1, 16, 1)
+    k_MGBH[0, 0, 1], v_MGBH[0, 0, 1] = 1, 1
+    q_TNH = exponent_T[:, None, None]
+    alone = torch.arange(len(exponent_T) + 1), torch.full((len(exponent_T),), 2)
+    out_TNH = own.dense_attention(
+        q_TNH, k_MGBH, v_MGBH, torch.zeros(len(exponent_T), 1, dtype=torch.int32), *alone, 1.0
+    )
+    exact_T = exponent_T.double().exp()
+    unit_T = torch.nextafter(exact_T.float(), torch.tensor(torch.inf)).double() - exact_T.float().double()
+    assert ((out_TNH[:, 0, 0].double() - exact_T).abs() / unit_T).max() < 2
+
+
 def test_nan_and_infinity_stay_in_their_own_rows() -> None:
     p = packed(next(case for case in PACKED if case.name == "exact_blocks"))
     wanted = own.sparse_attention(*keys(p), p.block_TGK, SCALE)

@@ -59,6 +59,16 @@ def test_refusals_say_why(x: Any, reason: str, monkeypatch: pytest.MonkeyPatch) 
         assert triton.refusal(torch.ones(2), x) == reason
 
 
+def test_only_pools_may_have_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, pool = torch.ones(2), torch.ones(2, dtype=torch.float8_e4m3fn)
+    with use("triton"):
+        assert triton.refusal(x, stored=[pool]) is None
+        assert triton.refusal(pool) == "takes float32, bfloat16 and float16, not float8_e4m3fn"
+        wrong = triton.refusal(x, stored=[torch.ones(2, dtype=torch.int8)])
+        assert wrong == "takes float32, bfloat16, float16 and float8_e4m3fn, not int8"
+
+
 def test_an_implementation_refuses_the_device_before_it_loads() -> None:
     nowhere = triton.implementation("nowhere", "nothing")
     assert nowhere.supports((torch.ones(2, device="meta"),), 3) == "needs CUDA tensors, not meta"

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openm3.ops.triton import machine, padded, refusal
+from openm3.ops.triton.batch import request_of_tile
 
 FEW_TOKENS = 8
 """Requests of up to so many tokens split each token's blocks over programs."""
@@ -328,17 +329,10 @@ def _launch_splits(call: _Call) -> None:
 @triton.jit
 def _find(tile, p_start, num_requests, TOKENS: tl.constexpr):
     """The request of a tile, its tokens' bounds, and the tile's first token, which may lie behind them."""
-    low = 0
-    high = num_requests - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(p_start + middle).to(tl.int32) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle - 1
-    start = tl.load(p_start + low).to(tl.int32)
-    stop = tl.load(p_start + low + 1).to(tl.int32)
-    return low, start, stop, start + (tile - start // TOKENS - low) * TOKENS
+    r = request_of_tile(p_start, num_requests, 0, tl.load(p_start + num_requests), tile, TOKENS)
+    start = tl.load(p_start + r).to(tl.int32)
+    stop = tl.load(p_start + r + 1).to(tl.int32)
+    return r, start, stop, start + (tile - start // TOKENS - r) * TOKENS
 
 
 @triton.jit(do_not_specialize=["num_requests"])

@@ -134,38 +134,23 @@ inline void sum_each(const vfloat (&acc)[N], float (&total)[N]) {
 
 // ---- tokens and panels
 
-std::int64_t padded(std::int64_t width) { return (width + LANES - 1) / LANES * LANES; }
-
-// Zeros, beginning on a cache line.
-class Floats {
-public:
-    explicit Floats(std::int64_t count) : lines_(std::size_t(count + 15) / 16) {}
-    float* data() { return lines_.data()->value; }
-    const float* data() const { return lines_.data()->value; }
-
-private:
-    struct alignas(64) Line {
-        float value[16] = {};
-    };
-    std::vector<Line> lines_;
-};
-
 // Some tokens in float32, zeros behind each up to whole vectors.
 struct Tokens {
     std::int64_t count, stride;
-    Floats value;
+    Array<float> value;
 
     template <class T>
     Tokens(const T* x, std::int64_t step, std::int64_t count, std::int64_t width)
-        : count(count), stride(padded(width)), value(count * stride) {
+        : count(count), stride(round_up(width, LANES)), value(array<float>(count * stride)) {
+        std::fill_n(value.get(), count * stride, 0.0f);
         for (std::int64_t t = 0; t < count; t++)
-            for (std::int64_t i = 0; i < width; i++) value.data()[t * stride + i] = to_float(x[t * step + i]);
+            for (std::int64_t i = 0; i < width; i++) value[t * stride + i] = to_float(x[t * step + i]);
     }
 
     // C tokens from `first` on, from a column on; the last one again where there are no more.
     template <int C>
     void at(std::int64_t first, std::int64_t column, const float* (&x)[C]) const {
-        for (int c = 0; c < C; c++) x[c] = value.data() + std::min(first + c, count - 1) * stride + column;
+        for (int c = 0; c < C; c++) x[c] = value.get() + std::min(first + c, count - 1) * stride + column;
     }
 };
 
@@ -214,17 +199,17 @@ void multiply_widened(const Rows<E>& w, const Tokens& tokens, T* out, int thread
     constexpr int C = FEW, R = rows_for(C), TILES = PANEL_ROWS / R;
     const std::int64_t tiles = (tokens.count + C - 1) / C * TILES;
     const std::int64_t room = PANEL_ROWS * PANEL_COLUMNS + tiles * R * C * LANES;
-    Floats scratch(room * threads);
+    const auto scratch = array<float>(room * threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t row = 0; row < w.count; row += PANEL_ROWS) {
-        float* panel = scratch.data() + room * omp_get_thread_num();
+        float* panel = scratch.get() + room * omp_get_thread_num();
         float* sums = panel + PANEL_ROWS * PANEL_COLUMNS;
         std::fill(sums, panel + room, 0.0f);
         for (std::int64_t begin = 0; begin < w.width; begin += PANEL_COLUMNS) {
             const std::int64_t columns = std::min<std::int64_t>(PANEL_COLUMNS, w.width - begin);
             for (std::int64_t r = 0; r < PANEL_ROWS; r++)
                 widen_row(w, std::min(row + r, w.count - 1), begin, columns, panel + r * PANEL_COLUMNS);
-            const Rows<float> wide{panel, PANEL_COLUMNS, PANEL_ROWS, padded(columns)};
+            const Rows<float> wide{panel, PANEL_COLUMNS, PANEL_ROWS, round_up(columns, LANES)};
             for (std::int64_t tile = 0; tile < tiles; tile++) {
                 vfloat acc[R * C];
                 const float* x[C];

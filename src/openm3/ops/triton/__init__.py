@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ from openm3.ops.dispatch import Implementation, forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels take."""
+
+STORED = (*DTYPES, torch.float8_e4m3fn)
+"""What keys and values may be stored as."""
 
 
 class Machine(NamedTuple):
@@ -71,13 +74,17 @@ def refused_device(x: Tensor) -> str | None:
     return f"needs CUDA tensors, not {x.device.type}"
 
 
-def refusal(*tensors: Tensor) -> str | None:
-    """Why kernels cannot take these tensors: `supports` of an implementation begins with it."""
-    for x in tensors:
+def refusal(*tensors: Tensor, stored: Sequence[Tensor] = ()) -> str | None:
+    """Why kernels cannot take these tensors: `supports` of an implementation begins with it.
+
+    Keys and values of a pool are given as `stored`, and may have eight bits.
+    """
+    for x, dtypes in (*((x, DTYPES) for x in tensors), *((x, STORED) for x in stored)):
         if reason := refused_device(x):
             return reason
-        if x.dtype not in DTYPES:
-            return f"takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+        if x.dtype not in dtypes:
+            *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"takes {', '.join(names)} and {last}, not {str(x.dtype).removeprefix('torch.')}"
         if x.requires_grad and torch.is_grad_enabled():
             return "has no gradients"
     return None

@@ -1,0 +1,193 @@
+"""One request: what was asked, how far it is, and what comes back. Plain data; knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from openm3.errors import PromptError
+
+FinishReason = Literal["stop", "length", "abort", "timeout"]
+"""Why a reply ended: a stop token or string, its longest length, the client, or its time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a reply is written. Greedy by default, up to 128 tokens, ended by the model's end token.
+
+    `temperature` 0 is greedy; `top_k` 0 keeps all tokens, `top_p` the fewest that hold this share, `min_p` those at
+    least this likely relative to the likeliest. Penalties as in OpenAI's API; `repetition_penalty` divides the logits
+    of tokens seen. The draw of each token depends on `seed` and its place alone; without a seed each request gets one.
+    `stop` are strings that end the reply and are not part of it, `stop_ids` tokens likewise, `ignore_eos` goes on after
+    the model's end token. `min_tokens` come before any end token. `logprobs` asks for so many likeliest tokens at each
+    place (0: the chosen one alone). Requests of a larger `priority` go first, as if they had come 10 seconds a step
+    earlier. After `timeout` seconds the reply ends as it is. Raises PromptError for impossible values.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    priority: int = 0
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, ok, allowed in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens {self.max_tokens}"),
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 <= self.top_p <= 1, "between 0 and 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
+            ("stop", all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("timeout", self.timeout is None or self.timeout > 0, "more than 0 seconds"),
+        ):
+            if not ok:
+                raise PromptError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Greedy and unpenalised: the token is the largest logit's."""
+        return self.temperature == 0 and not self.penalises
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens seen before change the logits."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt, those of them that were not computed again, and tokens of the reply.
+
+    `drafted` tokens were proposed ahead, and `accepted` of them were the model's own.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds: waiting to be taken in, reading the prompt, and in all; `between` the tokens after the first."""
+
+    queue: float
+    prefill: float
+    total: float
+    between: tuple[float, ...] = ()
+
+    @property
+    def first_token(self) -> float:
+        """From arrival to the first token."""
+        return self.queue + self.prefill
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability, and those of the likeliest tokens at its place, likeliest first."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole reply. `ids` are its tokens, the end token or the tokens of a stop string not among them."""
+
+    ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: list[Logprob] | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step added to a reply: tokens, and the text that is certain by now; the last has the whole reply."""
+
+    ids: list[int]
+    text: str
+    finish_reason: FinishReason | None = None
+    completion: Completion | None = None
+    logprobs: list[Logprob] | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way. Its keys for `ids[:computed]` are in `pages`; the scheduler alone changes those.
+
+    `ids` are the prompt's and the reply's tokens so far, `hashes` those of their full pages as far as they are known.
+    `key` orders requests: the smallest goes first.
+    """
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    arrived: float
+    ids: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    published: int = 0
+    cached: int = 0
+    preempted: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    begun: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
+
+    @property
+    def key(self) -> tuple[float, int]:
+        return self.arrived - 10.0 * self.params.priority, self.id
+
+    @property
+    def output(self) -> list[int]:
+        """The reply's tokens so far."""
+        return self.ids[len(self.prompt) :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.ids) - len(self.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys are still to be computed; 1 for a request that writes."""
+        return len(self.ids) - self.computed
+
+    @property
+    def longest(self) -> int:
+        """The most keys it can come to: the last token's key is never needed."""
+        return len(self.prompt) + self.params.max_tokens - 1
+
+    @property
+    def deadline(self) -> float:
+        return float("inf") if self.params.timeout is None else self.arrived + self.params.timeout

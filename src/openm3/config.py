@@ -124,6 +124,51 @@ class ModelConfig:
         return _to_published(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine serves: how much it remembers, how much it does at once.
+
+    The pool of keys and values holds `cache_tokens` tokens, or takes `cache_bytes`, or else `memory_share` of the
+    memory that is free. A step computes at most `step_tokens` tokens of at most `max_requests` requests; `max_waiting`
+    more may wait. `prefix_cache` lets prompts that begin alike share pages; with `cache_dir` full pages also stay in
+    that folder, up to `cache_dir_bytes`, and found again by later engines. `draft_tokens` is how many tokens are
+    proposed ahead from the text so far and verified in one step; they change no reply. `check` verifies after every
+    step that no page is lost. Raises ConfigError for impossible values.
+    """
+
+    cache_tokens: int | None = None
+    cache_bytes: int | None = None
+    memory_share: float = 0.5
+    step_tokens: int = 2048
+    max_requests: int = 64
+    max_waiting: int = 4096
+    prefix_cache: bool = True
+    cache_dir: str | Path | None = None
+    cache_dir_bytes: int = 64 << 30
+    draft_tokens: int = 0
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        bad = _not_counts(self, "step_tokens max_requests max_waiting")
+        if not bad and self.step_tokens < self.max_requests + BLOCK:
+            least = self.max_requests + BLOCK
+            bad.append(f"step_tokens must be at least {least}, a token a request and a block, not {self.step_tokens}")
+        if self.cache_tokens is not None and self.cache_bytes is not None:
+            bad.append("give cache_tokens or cache_bytes, not both")
+        for name in ("cache_tokens", "cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                bad.append(f"{name} must be positive, not {value}")
+        if not 0 < self.memory_share <= 1:
+            bad.append(f"memory_share must be more than 0 and at most 1, not {self.memory_share}")
+        if self.cache_dir_bytes < 0 or self.draft_tokens < 0:
+            bad.append("cache_dir_bytes and draft_tokens must not be negative")
+        if self.cache_dir is not None and not self.prefix_cache:
+            bad.append("cache_dir keeps what prefix_cache finds: it needs prefix_cache")
+        if bad:
+            raise ConfigError("impossible engine config: " + "; ".join(bad))
+
+
 def _impossible(c: ModelConfig) -> list[str]:
     """What no model can be: one sentence a problem, each with the field and its value."""
     bad: list[str] = []

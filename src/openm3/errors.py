@@ -5,9 +5,10 @@
     ├── CheckpointError          files missing, torn, of a foreign architecture or of the wrong shape
     ├── PromptError              a prompt or conversation that cannot be run: too long, empty, ids out of range
     ├── DocumentError            a document that cannot be read: missing, empty, binary
+    ├── BusyError                an engine that has as many requests waiting as it takes
     └── UnsupportedError         no implementation of an operator supports a call; lists every reason
 
-All but UnsupportedError are also ValueError: the caller passed something wrong; the message says what would be right.
+All but the last two are also ValueError: the caller passed something wrong; the message says what would be right.
 """
 
 
@@ -29,6 +30,10 @@ class PromptError(OpenM3Error, ValueError):
 
 class DocumentError(OpenM3Error, ValueError):
     """A document that cannot be read."""
+
+
+class BusyError(OpenM3Error):
+    """Too many requests wait already: the same one may be taken later."""
 
 
 class UnsupportedError(OpenM3Error, NotImplementedError):

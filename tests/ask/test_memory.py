@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from openm3.ask import memory
+from openm3.ask.memory import check_memory
 from openm3.errors import PromptError
+from openm3.model import memory
 from openm3.model.model import Model
 
 
@@ -25,14 +26,14 @@ def test_free_memory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_too_little_memory_is_said(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda: 3 << 29)
-    memory.check_memory(model.config, 1000, 4)
+    monkeypatch.setattr("openm3.ask.memory.free_bytes", lambda: 3 << 29)
+    check_memory(model.config, 1000, 4)
     with pytest.raises(
         PromptError, match=r"^a context of 1,000,000 tokens needs \d+\.\d GiB of memory, but only 1.5 GiB"
     ):
-        memory.check_memory(model.config, 1_000_000, 4)
+        check_memory(model.config, 1_000_000, 4)
 
 
 def test_unknown_memory_is_no_reason_to_refuse(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "missing")
-    memory.check_memory(model.config, 1 << 40, 4)
+    check_memory(model.config, 1 << 40, 4)

@@ -17,7 +17,9 @@ def make(num_pages: int = 64, step_tokens: int = 512, max_requests: int = 4, reu
     return Scheduler(Pages(num_pages), step_tokens=step_tokens, max_requests=max_requests, root=b"root", reuse=reuse)
 
 
-def request(number: int, prompt: Iterable[int], max_tokens: int = 4, arrived: float = 0.0, priority: int = 0) -> Request:
+def request(
+    number: int, prompt: Iterable[int], max_tokens: int = 4, arrived: float = 0.0, priority: int = 0
+) -> Request:
     params = SamplingParams(max_tokens=max_tokens, priority=priority)
     return Request(number, list(prompt), params, seed=0, arrived=arrived)
 

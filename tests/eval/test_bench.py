@@ -158,7 +158,7 @@ def test_shares_follow_from_the_limit() -> None:
 
 
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ops, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(bench_ops, "free_bytes", lambda: 1 << 30)
     with pytest.raises(ConfigError, match=r"decode_batch16 needs 2\.\d GiB of memory; 1\.0 GiB are free"):
         bench_ops.prepare(bench_ops.choose(["decode_batch16"], quick=False)[0], torch.Generator())
 

@@ -119,7 +119,8 @@ class Pages:
         """Of the published pages after `parent` the one that shares most first tokens with `ids`, and how many."""
         best = (0, 0)
         for page in islice(reversed(self._children.get(parent, ())), SIBLINGS):
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._published[page].ids, ids)))
+            pairs = zip(self._published[page].ids, ids, strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             if same > best[1]:
                 best = page, same
         return best

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from openm3.config import BLOCK
 from openm3.errors import ConfigError
-from openm3.eval.bench_peaks import READ_BYTES, Work, available_bytes, medians
+from openm3.eval.bench_peaks import READ_BYTES, Work, medians
 from openm3.eval.bench_selections import correlated_blocks, union_keys, visible_keys
 from openm3.eval.report import progress, tokens
+from openm3.model.memory import free_bytes
 from openm3.ops.attention import dense_attention, sparse_attention
 from openm3.ops.cases import PackedCase, random_blocks
 from openm3.ops.dispatch import use
@@ -197,7 +198,7 @@ def dense_work(shape: PackedCase) -> Work:
 
 def require_memory(name: str, wanted: int) -> None:
     """Raise ConfigError where so many bytes cannot be had."""
-    available = available_bytes()
+    available = free_bytes()
     if available is not None and wanted > available:
         raise ConfigError(f"{name} needs {wanted / 2**30:.1f} GiB of memory; {available / 2**30:.1f} GiB are free")
 

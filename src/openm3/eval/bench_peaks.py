@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -90,16 +89,6 @@ def seconds_of(call: Callable[[], object]) -> float:
 def evict() -> Tensor:
     """Read 512 MB, so that no earlier call's data is left in a cache."""
     return _wide().sum()
-
-
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 @cache

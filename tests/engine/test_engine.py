@@ -265,3 +265,41 @@ def test_strings_are_prompts_too(tiny: Model) -> None:
     served = engine(tiny)
     text, ids = served.generate(["def main():", tiny.tokenizer.encode("def main():")], GREEDY)
     assert text.ids == ids.ids
+
+
+def test_a_folder_keeps_what_was_read(model: Model, tmp_path: Path) -> None:
+    prompt = words(20, 1000)
+    with engine(model, cache_dir=tmp_path) as first:
+        cold = first.generate([prompt], GREEDY)[0]
+    with engine(model, cache_dir=tmp_path) as second:
+        warm = second.generate([prompt + words(21, 40)], GREEDY)[0]
+        again = second.generate([prompt], GREEDY)[0]
+    assert (cold.usage.cached_tokens, warm.usage.cached_tokens, again.usage.cached_tokens) == (0, 896, 999)
+    assert again.ids == cold.ids
+    assert warm.ids == alone(model, prompt + words(21, 40), GREEDY).ids
+    assert second.store is not None and (second.store.restored, second.store.damaged) == (7, 0)
+
+
+def test_damaged_pages_are_computed_again(model: Model, tmp_path: Path) -> None:
+    prompt = words(22, 1000)
+    with engine(model, cache_dir=tmp_path) as first:
+        cold = first.generate([prompt], GREEDY)[0]
+    for i, path in enumerate(sorted(tmp_path.rglob("*.page"))):
+        if i % 3 == 1:
+            path.write_bytes(path.read_bytes()[:-7] + b"garbage")
+    for expected in (range(896), [896]):
+        with engine(model, cache_dir=tmp_path) as later:
+            warm = later.generate([prompt], GREEDY)[0]
+        assert warm.ids == cold.ids and warm.usage.cached_tokens in expected
+
+
+def test_other_weights_do_not_find_the_pages(model: Model, tmp_path: Path) -> None:
+    prompt = words(23, 500)
+    with engine(model, cache_dir=tmp_path) as first:
+        first.generate([prompt], GREEDY)
+    other = load(GOLDEN / "model")
+    other.network.layers[0].attn.k_norm.weight.add_(0.1)  # type: ignore[union-attr, operator]
+    with engine(other, cache_dir=tmp_path) as second:
+        completion = second.generate([prompt], GREEDY)[0]
+    assert completion.usage.cached_tokens == 0
+    assert completion.ids == list(other.generate(prompt, max_new_tokens=12))

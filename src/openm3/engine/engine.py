@@ -14,18 +14,32 @@ from itertools import count, pairwise
 from pathlib import Path
 from random import SystemRandom
 from time import monotonic
+from typing import Self
 
 from openm3.config import BLOCK, EngineConfig
+from openm3.engine.lookup import Lookup
 from openm3.engine.pages import Pages
 from openm3.engine.request import Completion, Delta, FinishReason, Request, SamplingParams, Timings, Usage
 from openm3.engine.runner import Drawn, Runner
 from openm3.engine.scheduler import Scheduler, Work
+from openm3.engine.store import PageStore
 from openm3.engine.text import ReplyText
 from openm3.errors import BusyError, ConfigError, PromptError
 from openm3.model.memory import free_bytes, gib, page_bytes
 from openm3.model.model import Model, load
 
 Prompt = str | Sequence[int]
+
+TOTALS = (
+    "steps",
+    "tokens_computed",
+    "requests_finished",
+    "tokens_cached",
+    "tokens_generated",
+    "tokens_drafted",
+    "tokens_accepted",
+)
+"""What an engine counts; those of tokens, but the computed ones, when a request ends."""
 
 
 class Engine:
@@ -46,13 +60,22 @@ class Engine:
         ends = {self.model.tokenizer.eos_id, self.model.config.eos_id}
         self.end_ids = frozenset(i for i in ends if i is not None)
         self.pages = Pages(num_pages(self.model, self.config))
+        self.runner = Runner(self.model.network, self.pages.num_pages, self.end_ids)
+        root = self.runner.fingerprint()
+        self.store: PageStore | None = None
+        if self.config.cache_dir is not None:
+            self.store = PageStore(self.config.cache_dir, root.hex(), most_bytes=self.config.cache_dir_bytes)
         self.scheduler = Scheduler(
             self.pages,
             step_tokens=self.config.step_tokens,
             max_requests=self.config.max_requests,
+            root=root,
             reuse=self.config.prefix_cache,
+            keep=self._keep if self.store is not None else None,
+            restore=self._restore if self.store is not None else None,
         )
-        self.runner = Runner(self.model.network, self.pages.num_pages, self.end_ids)
+        self._lookup = Lookup(self.config.draft_tokens) if self.config.draft_tokens else None
+        self.totals = dict.fromkeys(TOTALS, 0)
         self._texts: dict[int, ReplyText] = {}
         self._requests: dict[int, Request] = {}
         self._heard: dict[int, deque[Delta]] = {}
@@ -93,13 +116,15 @@ class Engine:
     def step(self) -> dict[int, Delta]:
         """One step of all requests that have a part in it; what it added to whose reply."""
         deltas = self._expire()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self._lookup)
         begun = self._clock()
         for work in plan.works:
             if work.request.begun is None:
                 work.request.begun = begun
         drawn = self.runner.run(plan)
         self.scheduler.settle()
+        self.totals["steps"] += 1
+        self.totals["tokens_computed"] += plan.num_tokens
         now = self._clock()
         for work, result in zip(plan.works, drawn, strict=True):
             if result is None:
@@ -135,6 +160,43 @@ class Engine:
         finally:
             for number in numbers:
                 self.abort(number)
+
+    def stats(self) -> dict[str, float]:
+        """What the engine holds and has done, as numbers by name."""
+        pages, scheduler = self.pages, self.scheduler
+        return {
+            "requests_running": len(scheduler.running),
+            "requests_waiting": len(scheduler.waiting),
+            "pages": pages.num_pages,
+            "pages_held": pages.num_held,
+            "pages_published": pages.num_published,
+            "pages_evicted": pages.evicted,
+            "preemptions": scheduler.preemptions,
+            **self.totals,
+        }
+
+    def close(self) -> None:
+        """Write what is still to be kept on disk. The engine can go on afterwards."""
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _keep(self, key: bytes, page: int) -> None:
+        assert self.store is not None
+        if not self.store.has(key):
+            self.store.save(key, self.runner.page(page))
+
+    def _restore(self, key: bytes, page: int) -> bool:
+        assert self.store is not None
+        data = self.store.load(key, self.runner.page_bytes)
+        if data is not None:
+            self.runner.fill(page, data)
+        return data is not None
 
     def _listen(self, number: int) -> Iterator[Delta]:
         heard = self._heard.setdefault(number, deque())
@@ -183,9 +245,16 @@ class Engine:
         """Forget a request and say all of its reply; `ended` says that its last token is no part of it."""
         self.scheduler.remove(request)
         del self._requests[request.id]
+        if self._lookup is not None:
+            self._lookup.forget(request.id)
         text = self._texts.pop(request.id)
         rest = text.finish()
         request.finish_reason = reason
+        self.totals["requests_finished"] += 1
+        self.totals["tokens_cached"] += request.cached
+        self.totals["tokens_generated"] += request.num_output
+        self.totals["tokens_drafted"] += request.drafted
+        self.totals["tokens_accepted"] += request.accepted
         completion = Completion(
             request.output[:-1] if ended else request.output,
             text.text,

@@ -19,8 +19,17 @@ from openm3.engine.request import Request
 LEAST_COPIED = 16
 """Tokens of a page's beginning that are worth a copy of the page."""
 
+RESTORED_AT_ONCE = 64
+"""Pages of a request that one step restores: others wait for them."""
+
 Propose = Callable[[Request], Sequence[int]]
 """Draft tokens that may follow a request's own; they are verified, so any are right."""
+
+Keep = Callable[[bytes, int], None]
+"""Told the hash of a page that has just been computed and published."""
+
+Restore = Callable[[bytes, int], bool]
+"""Fills a page with what was kept under a hash; False if there is nothing, or nothing whole."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +67,28 @@ class Scheduler:
     """The requests that wait and run, and their pages.
 
     A step computes at most `step_tokens` tokens, of at most `max_requests` requests. `root` stands for what keys
-    depend on beside tokens; with `reuse` false nothing is published or found.
+    depend on beside tokens; with `reuse` false nothing is published or found. `keep` and `restore` reach pages outside
+    of the pool.
     """
 
     def __init__(
-        self, pages: Pages, *, step_tokens: int, max_requests: int, root: bytes = b"", reuse: bool = True
+        self,
+        pages: Pages,
+        *,
+        step_tokens: int,
+        max_requests: int,
+        root: bytes = b"",
+        reuse: bool = True,
+        keep: Keep | None = None,
+        restore: Restore | None = None,
     ) -> None:
         self.pages = pages
         self.step_tokens = step_tokens
         self.max_requests = max_requests
         self.root = root
         self.reuse = reuse
+        self.keep = keep
+        self.restore = restore
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
@@ -110,7 +130,10 @@ class Scheduler:
                 draft = self._draft(request, propose, budget) if propose is not None else ()
                 plan.works.append(Work(request, request.computed, 1, draft))
                 budget -= len(draft)
-        readers = sorted((r for r in self.running if r.remaining > 1), key=lambda r: r.remaining)
+        readers = [r for r in self.running if r.remaining > 1]
+        if self.restore is not None:
+            readers = [r for r in readers if r in self.running and not self._restored(r, plan)]
+        readers.sort(key=lambda r: r.remaining)
         for i, request in enumerate(readers):
             count = min(request.remaining, budget // (len(readers) - i))
             if count < request.remaining:
@@ -137,7 +160,8 @@ class Scheduler:
         for i in range(request.published, full):
             parent = request.hashes[i - 1] if i else self.root
             entry = Published(request.hashes[i], parent, tuple(request.ids[i * BLOCK : (i + 1) * BLOCK]))
-            self.pages.publish(request.pages[i], entry)
+            if self.pages.publish(request.pages[i], entry) and self.keep is not None:
+                self.keep(entry.hash, request.pages[i])
             self._unpromise(request, entry.hash)
         request.published = full
 
@@ -196,6 +220,20 @@ class Scheduler:
         plan.copies.append((source, own[0]))
         request.pages += own
         request.computed += count
+
+    def _restored(self, request: Request, plan: Plan) -> bool:
+        """Fill a reader's next pages with what was kept of them: then this step computes nothing for it."""
+        assert self.restore is not None
+        before = request.computed
+        for i in range(before // BLOCK, min((len(request.ids) - 1) // BLOCK, before // BLOCK + RESTORED_AT_ONCE)):
+            if request.computed != i * BLOCK or not self._grow(request, request.computed + BLOCK, plan):
+                break
+            if not self.restore(request.hashes[i], request.pages[i]):
+                break
+            self.advance(Work(request, request.computed, BLOCK), BLOCK)
+        if request.preempted == 0:
+            request.cached += request.computed - before
+        return request.computed > before or request not in self.running
 
     def _grow(self, request: Request, length: int, plan: Plan) -> bool:
         """Give a running request the pages for so many keys, if need be those of the last ones; False if it is last."""

@@ -46,6 +46,7 @@ def test_ask_defaults() -> None:
         "weights": None,
         "max_new_tokens": 128,
         "thinking": "disabled",
+        "cache": None,
         "implementation": None,
         "threads": None,
         "json": False,

@@ -4,6 +4,9 @@
     ids = model.tokenizer.chat([{"role": "user", "content": "Hello"}])
     text = model.tokenizer.decode(model.generate(ids, max_new_tokens=24))
 
+    engine = openm3.Engine("m3-tiny")
+    completions = engine.generate([ids, other_ids], openm3.SamplingParams(max_tokens=64))
+
 Names resolve on first use, so `import openm3` is quick.
 """
 
@@ -13,7 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from openm3.config import EngineConfig as EngineConfig
     from openm3.config import ModelConfig as ModelConfig
+    from openm3.engine.asynchronous import AsyncEngine as AsyncEngine
+    from openm3.engine.engine import Engine as Engine
+    from openm3.engine.request import Completion as Completion
+    from openm3.engine.request import Delta as Delta
+    from openm3.engine.request import SamplingParams as SamplingParams
     from openm3.errors import OpenM3Error as OpenM3Error
     from openm3.model.model import Model as Model
     from openm3.model.model import Trace as Trace
@@ -23,12 +32,33 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Model", "ModelConfig", "OpenM3Error", "Tokenizer", "Trace", "__version__", "load", "use"]
+__all__ = [
+    "AsyncEngine",
+    "Completion",
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "Model",
+    "ModelConfig",
+    "OpenM3Error",
+    "SamplingParams",
+    "Tokenizer",
+    "Trace",
+    "__version__",
+    "load",
+    "use",
+]
 
 _HOMES = {
+    "AsyncEngine": "openm3.engine.asynchronous",
+    "Completion": "openm3.engine.request",
+    "Delta": "openm3.engine.request",
+    "Engine": "openm3.engine.engine",
+    "EngineConfig": "openm3.config",
     "Model": "openm3.model.model",
     "ModelConfig": "openm3.config",
     "OpenM3Error": "openm3.errors",
+    "SamplingParams": "openm3.engine.request",
     "Tokenizer": "openm3.tokens.tokenizer",
     "Trace": "openm3.model.model",
     "load": "openm3.model.model",

@@ -97,7 +97,7 @@ def _add_ask(commands: Commands) -> None:
         "ask",
         "answer a question from long documents, with evidence",
         'openm3 ask "What is the pass key for Ada?" --file notes.txt',
-        'openm3 ask "Quote the line that defines main." --file src --file "docs/*.md"',
+        'openm3 ask "Quote the line that defines main." --file src --file "docs/*.md" --cache ~/.cache/openm3',
         'git log -p | openm3 ask "Quote the line that defines main." --file - --json',
     )
     parser.add_argument("question", metavar="QUESTION", help="what to ask, one argument")
@@ -111,6 +111,11 @@ def _add_ask(commands: Commands) -> None:
     _add_model(parser)
     _add_precision(parser)
     _add_reply(parser, max_new_tokens=128)
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep what was read in this folder: later questions about the same documents begin at once",
+    )
     parser.add_argument(
         "--implementation", metavar="NAME", help="force one implementation of the operators, e.g. reference"
     )

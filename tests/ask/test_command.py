@@ -60,7 +60,7 @@ def test_json_is_one_object(ask, here: Path, checkpoint: str, capsys: pytest.Cap
         text = {"docs/fish.txt": TEXT, "docs/latin.txt": "señor\n"}[item["file"]]
         assert item["text"] == "\n".join(text.split("\n")[item["first_line"] - 1 : item["last_line"]])
         assert 0 < item["share"] <= 1
-    assert list(value["tokens"]) == ["prompt", "documents", "read", "answer"]
+    assert list(value["tokens"]) == ["prompt", "documents", "read", "restored", "answer"]
     assert list(value["timings"]) == [
         *("read_seconds", "answer_seconds", "read_tokens_per_second", "answer_tokens_per_second"),
     ]

@@ -1,9 +1,12 @@
 """A conversation's replies equal the model's own, however much of the context was known before."""
 
+from pathlib import Path
+
 import pytest
 
 from openm3.ask.conversation import SPARE_TOKENS, Conversation, Reply
 from openm3.ask.evidence import Witness
+from openm3.config import BLOCK
 from openm3.errors import PromptError
 from openm3.model.model import Model
 from openm3.tokens import Content, Thinking
@@ -148,3 +151,30 @@ def test_too_long_is_refused_before_reading(model: Model, monkeypatch: pytest.Mo
     monkeypatch.setattr("openm3.ask.memory.free_bytes", lambda: 1000)
     with pytest.raises(PromptError, match=r"but only 0.0 GiB is free"):
         ids_of(conversation, "short")
+
+
+def test_a_folder_keeps_what_was_read(model: Model, tmp_path: Path) -> None:
+    first, second = Conversation(model, tmp_path), Conversation(model, tmp_path)
+    ids, later = ids_of(first, LONG + "one?"), ids_of(first, LONG + "two or three?")
+    cold = reply(first, ids)
+    first.close()
+    warm = reply(second, later)
+    whole = len(LONG) // BLOCK * BLOCK
+    assert (cold.num_read, cold.num_restored) == (len(ids), 0)
+    assert (warm.num_restored, warm.num_read) == (whole, len(later) - whole)
+    assert warm.text == model.tokenizer.decode(written(model, later, 6))
+
+
+def test_an_interruption_loses_no_page(model: Model, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 2048:
+            raise KeyboardInterrupt
+
+    first = Conversation(model, tmp_path)
+    ids = ids_of(first, "x" * 3000)
+    with pytest.raises(KeyboardInterrupt):
+        first.reply(ids, thinking="disabled", max_new_tokens=4, on_progress=stop)
+    first.close()
+    said = reply(Conversation(model, tmp_path), ids, 4)
+    assert said.num_restored == 2048
+    assert said.text == model.tokenizer.decode(written(model, ids, 4))

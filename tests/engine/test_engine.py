@@ -277,7 +277,8 @@ def test_a_folder_keeps_what_was_read(model: Model, tmp_path: Path) -> None:
     assert (cold.usage.cached_tokens, warm.usage.cached_tokens, again.usage.cached_tokens) == (0, 896, 999)
     assert again.ids == cold.ids
     assert warm.ids == alone(model, prompt + words(21, 40), GREEDY).ids
-    assert second.store is not None and (second.store.restored, second.store.damaged) == (7, 0)
+    assert second.archive is not None
+    assert (second.archive.store.restored, second.archive.store.damaged) == (7, 0)
 
 
 def test_damaged_pages_are_computed_again(model: Model, tmp_path: Path) -> None:

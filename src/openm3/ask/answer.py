@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from openm3.ask.conversation import Conversation, OnProgress, OnText, Reply
 from openm3.ask.documents import Document
@@ -21,9 +22,10 @@ class Answer:
     """An answer, where it came from and what it cost.
 
     `no_evidence` says why `evidence` is empty, None if it is not. `tokens` counts the `prompt`, its part in the
-    `documents`, those `read` now (the rest was read for an earlier question) and those of the `answer`, thinking
-    included. `timings` are `read_seconds`, `answer_seconds`, and `read_tokens_per_second`, `answer_tokens_per_second`
-    (None where nothing was timed). `attended_share` is the part of the visible context that attention read.
+    `documents`, those `read` now and those `restored` from a cache folder (the rest was read for an earlier question),
+    and those of the `answer`, thinking included. `timings` are `read_seconds`, `answer_seconds`, and
+    `read_tokens_per_second`, `answer_tokens_per_second` (None where nothing was timed). `attended_share` is the part of
+    the visible context that attention read.
     """
 
     answer: str
@@ -37,11 +39,14 @@ class Answer:
 
 
 class Reader:
-    """Reads documents once and answers any number of questions about them."""
+    """Reads documents once and answers any number of questions about them; with a folder `cache_dir`, also later ones.
 
-    def __init__(self, model: Model, documents: Sequence[Document]) -> None:
+    Raises ConfigError for a folder that cannot be written to. `close` writes what is still to be kept there.
+    """
+
+    def __init__(self, model: Model, documents: Sequence[Document], cache_dir: str | Path | None = None) -> None:
         self.documents = tuple(documents)
-        self._conversation = Conversation(model)
+        self._conversation = Conversation(model, cache_dir)
 
     def answer(
         self,
@@ -75,6 +80,10 @@ class Reader:
         )
         return self._answer(reply, places, witness)
 
+    def close(self) -> None:
+        """Write what is still to be kept in the cache folder."""
+        self._conversation.close()
+
     def _answer(self, reply: Reply, places: Places | None, witness: Witness) -> Answer:
         evidence = rank(witness.mass_S.numpy(), places, self.documents) if places else ()
         reason = None
@@ -92,6 +101,7 @@ class Reader:
                 "prompt": reply.num_prompt,
                 "documents": places.num_tokens if places else 0,
                 "read": reply.num_read,
+                "restored": reply.num_restored,
                 "answer": reply.num_written,
             },
             timings={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     found = collect(args.file)
     model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
-    reader = Reader(model, found.documents)
+    reader = Reader(model, found.documents, args.cache)
     limits = {"thinking": args.thinking, "max_new_tokens": args.max_new_tokens}
-    with use(args.implementation) if args.implementation else nullcontext():
+    with use(args.implementation) if args.implementation else nullcontext(), closing(reader):
         if args.json:
             answer = reader.answer(args.question, **limits)
             print(json.dumps(report(answer, found, args.question, args.model)))

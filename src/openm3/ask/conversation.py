@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
@@ -16,9 +17,15 @@ from torch import Tensor
 
 from openm3.ask.evidence import Witness
 from openm3.ask.memory import check_memory
+from openm3.config import BLOCK
+from openm3.engine.archive import Archive
+from openm3.engine.pages import page_hashes
 from openm3.model.model import Model
 from openm3.model.session import Session
 from openm3.tokens.router import Content, Event, StreamRouter, Thinking
+
+MOST_BYTES = 64 << 30
+"""Room for pages in a cache folder: several contexts of a million tokens of m3-tiny."""
 
 SPARE_TOKENS = 1024
 """Room beyond what is needed now, so that the cache does not move with every question."""
@@ -32,7 +39,8 @@ class Reply:
     """What the model wrote and what that took.
 
     `stop` says why it ended: the model's own "end", the "length" limit, or "interrupted" by Ctrl-C. `num_read` tokens
-    of the prompt were new; `num_written` counts the end token too. Times in seconds.
+    of the prompt were new, `num_restored` came from a cache folder; `num_written` counts the end token too. Times in
+    seconds.
     """
 
     text: str
@@ -40,17 +48,25 @@ class Reply:
     stop: Literal["end", "length", "interrupted"]
     num_prompt: int
     num_read: int
+    num_restored: int
     num_written: int
     read_seconds: float
     write_seconds: float
 
 
 class Conversation:
-    """The cache of one context, and the ids in it."""
+    """The cache of one context, and the ids in it. With a folder `cache_dir` what is read is also kept there.
 
-    def __init__(self, model: Model) -> None:
+    Raises ConfigError for a folder that cannot be written to.
+    """
+
+    def __init__(self, model: Model, cache_dir: str | Path | None = None) -> None:
         self.model = model
         self._session: Session | None = None
+        self._archive: Archive | None = None
+        if cache_dir is not None:
+            self._archive = Archive(model.network, model.session(1).pools, cache_dir, most_bytes=MOST_BYTES)
+        self._kept = 0
         self._ids: list[int] = []
         ends = {model.tokenizer.eos_id, model.config.eos_id}
         self._end_ids = frozenset(i for i in ends if i is not None)
@@ -81,7 +97,7 @@ class Conversation:
         was read; while writing it ends the reply.
         """
         begin = perf_counter()
-        num_read, logit_V = self._read(list(ids), max_new_tokens, thinking, witness, on_progress)
+        num_read, num_restored, logit_V = self._read(list(ids), max_new_tokens, thinking, witness, on_progress)
         read = perf_counter()
         writer = _Writer(self.model, thinking, on_text)
         stop = self._write(logit_V, max_new_tokens, writer, witness)
@@ -91,6 +107,7 @@ class Conversation:
             stop=stop,
             num_prompt=len(ids),
             num_read=num_read,
+            num_restored=num_restored,
             num_written=len(self._ids) - len(ids),
             read_seconds=read - begin,
             write_seconds=perf_counter() - read,
@@ -98,8 +115,11 @@ class Conversation:
 
     def _read(
         self, ids: list[int], room: int, thinking: str, witness: Witness | None, on_progress: OnProgress | None
-    ) -> tuple[int, Tensor]:
-        """Read what is new of a prompt; its last token alone, as the first step of the answer."""
+    ) -> tuple[int, int, Tensor]:
+        """Read what is new of a prompt; its last token alone, as the first step of the answer.
+
+        Returns how many tokens were computed and restored, and the logits after the last.
+        """
         session = self._with_room(len(ids) + room)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False)))
         known = min(same, session.length, len(ids) - 1)
@@ -112,13 +132,43 @@ class Conversation:
                 on_progress(done, num_new)
 
         report(0)
-        if num_new > 1:
-            session.read(ids[known:-1], on_progress=report)
+        hashes = [] if self._archive is None else list(page_hashes(ids, self._archive.root))
+        begin = session.length
+        self._restore(hashes[: (len(ids) - 1) // BLOCK], session, lambda: report(session.length - known))
+        restored = session.length
+        self._kept = restored // BLOCK
+
+        def read(done: int) -> None:
+            # Before anyone is told, so that an interruption loses nothing.
+            self._keep(hashes, session)
+            report(restored - known + done)
+
+        if restored < len(ids) - 1:
+            session.read(ids[restored:-1], on_progress=read)
         if witness is not None:
             witness.watching = thinking == "disabled"
         logit_V = session.read(ids[-1:], observer=witness)
+        self._keep(hashes, session)
         report(num_new)
-        return num_new, logit_V
+        return len(ids) - restored, restored - begin, logit_V
+
+    def _restore(self, hashes: Sequence[bytes], session: Session, on_page: Callable[[], None]) -> None:
+        """Go on from the whole pages in the folder, as far as they reach beyond what the session holds."""
+        first = session.length // BLOCK
+        for page, key in enumerate(hashes[first:], first):
+            assert self._archive is not None
+            if not self._archive.restore(key, session.pools, page):
+                return
+            session.length = (page + 1) * BLOCK
+            on_page()
+
+    def _keep(self, hashes: Sequence[bytes], session: Session) -> None:
+        """Have the pages written that have become full."""
+        if self._archive is not None:
+            full = min(session.length // BLOCK, len(hashes))
+            for page in range(self._kept, full):
+                self._archive.keep(hashes[page], session.pools, page)
+            self._kept = full
 
     def _write(
         self, logit_V: Tensor, limit: int, writer: _Writer, witness: Witness | None
@@ -138,6 +188,11 @@ class Conversation:
             stop = "interrupted"
         writer.finish()
         return stop
+
+    def close(self) -> None:
+        """Write what is still to be kept in the cache folder."""
+        if self._archive is not None:
+            self._archive.close()
 
     def _with_room(self, needed: int) -> Session:
         """The session, moved to a larger one if it is too small."""

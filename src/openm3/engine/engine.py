@@ -17,12 +17,12 @@ from time import monotonic
 from typing import Self
 
 from openm3.config import BLOCK, EngineConfig
+from openm3.engine.archive import Archive
 from openm3.engine.lookup import Lookup
 from openm3.engine.pages import Pages
 from openm3.engine.request import Completion, Delta, FinishReason, Request, SamplingParams, Timings, Usage
 from openm3.engine.runner import Drawn, Runner
 from openm3.engine.scheduler import Scheduler, Work
-from openm3.engine.store import PageStore
 from openm3.engine.text import ReplyText
 from openm3.errors import BusyError, ConfigError, PromptError
 from openm3.model.memory import free_bytes, gib, page_bytes
@@ -61,18 +61,17 @@ class Engine:
         self.end_ids = frozenset(i for i in ends if i is not None)
         self.pages = Pages(num_pages(self.model, self.config))
         self.runner = Runner(self.model.network, self.pages.num_pages, self.end_ids)
-        root = self.runner.fingerprint()
-        self.store: PageStore | None = None
-        if self.config.cache_dir is not None:
-            self.store = PageStore(self.config.cache_dir, root.hex(), most_bytes=self.config.cache_dir_bytes)
+        pools, folder, size = self.runner.pools, self.config.cache_dir, self.config.cache_dir_bytes
+        archive = None if folder is None else Archive(self.model.network, pools, folder, most_bytes=size)
+        self.archive = archive
         self.scheduler = Scheduler(
             self.pages,
             step_tokens=self.config.step_tokens,
             max_requests=self.config.max_requests,
-            root=root,
+            root=b"" if archive is None else archive.root,
             reuse=self.config.prefix_cache,
-            keep=self._keep if self.store is not None else None,
-            restore=self._restore if self.store is not None else None,
+            keep=None if archive is None else lambda key, page: archive.keep(key, pools, page),
+            restore=None if archive is None else lambda key, page: archive.restore(key, pools, page),
         )
         self._lookup = Lookup(self.config.draft_tokens) if self.config.draft_tokens else None
         self.totals = dict.fromkeys(TOTALS, 0)
@@ -177,26 +176,14 @@ class Engine:
 
     def close(self) -> None:
         """Write what is still to be kept on disk. The engine can go on afterwards."""
-        if self.store is not None:
-            self.store.close()
+        if self.archive is not None:
+            self.archive.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _keep(self, key: bytes, page: int) -> None:
-        assert self.store is not None
-        if not self.store.has(key):
-            self.store.save(key, self.runner.page(page))
-
-    def _restore(self, key: bytes, page: int) -> bool:
-        assert self.store is not None
-        data = self.store.load(key, self.runner.page_bytes)
-        if data is not None:
-            self.runner.fill(page, data)
-        return data is not None
 
     def _listen(self, number: int) -> Iterator[Delta]:
         heard = self._heard.setdefault(number, deque())

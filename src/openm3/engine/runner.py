@@ -5,7 +5,6 @@ The only part of the engine that holds tensors. Knows neither queues nor pages' 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,6 @@ from openm3.model.attention import Observer
 from openm3.model.batch import Batch
 from openm3.model.network import Network
 from openm3.ops.sample import SampleParams, sample, top_logprobs
-
-FORMAT = 1
-"""Raise it whenever a page of the same tokens comes to hold something else."""
 
 
 @dataclass(frozen=True)
@@ -62,45 +58,13 @@ class Runner:
         drawn = iter(self._draw(logit_SV, drawing))
         return [next(drawn) if work.samples else None for work in plan.works]
 
-    def page(self, number: int) -> list[bytes]:
-        """What a page holds: of each layer's tensors the part that is its."""
-        return [x[number].contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes() for x in self._tensors()]
-
-    def fill(self, number: int, data: memoryview) -> None:
-        """Put back what `page` gave, joined."""
-        first = 0
-        for x in self._tensors():
-            size = x[number].nbytes
-            part = torch.frombuffer(bytearray(data[first : first + size]), dtype=x.dtype)
-            x[number].copy_(part.view(x.shape[1:]))
-            first += size
-
-    @property
-    def page_bytes(self) -> int:
-        """The size of what `page` gives."""
-        return sum(x[0].nbytes for x in self._tensors())
-
-    def fingerprint(self) -> bytes:
-        """Stands for all that a page's content depends on beside its tokens: the model, its weights, the format."""
-        digest = hashlib.blake2b(repr((FORMAT, self.network.config)).encode(), digest_size=16)
-        for x in self._tensors():
-            digest.update(f"{x.dtype} {list(x.shape[1:])}".encode())
-        for name, weight in self.network.state_dict().items():
-            # A training step changes nearly every number: some of them, evenly spaced, tell weights apart.
-            flat = weight.flatten()
-            some = flat[:: max(1, flat.numel() // 256)].contiguous().view(torch.uint8).cpu()
-            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode() + some.numpy().tobytes())
-        return digest.digest()
-
-    def _tensors(self) -> list[Tensor]:
-        return [x for pool in self.pools for x in pool.tensors()]
-
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
             return
         source, target = (torch.tensor(side, device=self.device) for side in zip(*copies, strict=True))
-        for pages in self._tensors():
-            pages[target] = pages[source]
+        for pool in self.pools:
+            for pages in pool.tensors():
+                pages[target] = pages[source]
 
     def _draw(self, logit_SV: Tensor, works: Sequence[Work]) -> list[Drawn]:
         places = [(work.request, i, work.draft[:i]) for work in works for i in range(1 + len(work.draft))]

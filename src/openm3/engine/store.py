@@ -65,7 +65,9 @@ class PageStore:
         """The `size` bytes of a page, None if there are none, or none that are whole."""
         path = self._path(key)
         try:
-            data = path.read_bytes()
+            data = bytearray(path.stat().st_size)
+            with path.open("rb") as file:
+                file.readinto(data)
         except OSError:
             return None
         if len(data) == _HEADER.size + size:

@@ -123,7 +123,7 @@ def test_a_failing_step_is_told_to_everyone(model: Model, monkeypatch: pytest.Mo
         served = AsyncEngine(engine)
         stream = served.stream(words(8, 100), LONG)
         await anext(stream)
-        monkeypatch.setattr(engine.runner, "run", lambda _plan: 1 / 0)
+        monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
         with pytest.raises(EngineError, match="the engine has stopped: ZeroDivisionError"):
             async for _ in stream:
                 pass

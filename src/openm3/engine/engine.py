@@ -20,6 +20,7 @@ from openm3.config import BLOCK, EngineConfig
 from openm3.engine.archive import Archive
 from openm3.engine.lookup import Lookup
 from openm3.engine.pages import Pages
+from openm3.engine.probe import Probe
 from openm3.engine.request import Completion, Delta, FinishReason, Request, SamplingParams, Timings, Usage
 from openm3.engine.runner import Drawn, Runner
 from openm3.engine.scheduler import Scheduler, Work
@@ -38,8 +39,10 @@ TOTALS = (
     "tokens_generated",
     "tokens_drafted",
     "tokens_accepted",
+    "seconds",
+    "seconds_running",
 )
-"""What an engine counts; those of tokens, but the computed ones, when a request ends."""
+"""What an engine counts: most of it when a request ends. Of the `seconds` in steps, those of the model's own work."""
 
 
 class Engine:
@@ -73,8 +76,9 @@ class Engine:
             keep=None if archive is None else lambda key, page: archive.keep(key, pools, page),
             restore=None if archive is None else lambda key, page: archive.restore(key, pools, page),
         )
+        self._probe = Probe()
         self._lookup = Lookup(self.config.draft_tokens) if self.config.draft_tokens else None
-        self.totals = dict.fromkeys(TOTALS, 0)
+        self.totals = dict.fromkeys(TOTALS, 0.0)
         self._texts: dict[int, ReplyText] = {}
         self._requests: dict[int, Request] = {}
         self._heard: dict[int, deque[Delta]] = {}
@@ -114,17 +118,20 @@ class Engine:
 
     def step(self) -> dict[int, Delta]:
         """One step of all requests that have a part in it; what it added to whose reply."""
+        entered = self._clock()
         deltas = self._expire()
         plan = self.scheduler.schedule(self._lookup)
         begun = self._clock()
         for work in plan.works:
             if work.request.begun is None:
                 work.request.begun = begun
-        drawn = self.runner.run(plan)
+        with self._probe.looking(plan) as looking:
+            drawn = self.runner.run(plan, self._probe if looking else None)
+        now = self._clock()
+        self.totals["seconds_running"] += now - begun
         self.scheduler.settle()
         self.totals["steps"] += 1
         self.totals["tokens_computed"] += plan.num_tokens
-        now = self._clock()
         for work, result in zip(plan.works, drawn, strict=True):
             if result is None:
                 self.scheduler.advance(work, work.count)
@@ -135,6 +142,7 @@ class Engine:
         for number, delta in deltas.items():
             if number in self._heard:
                 self._heard[number].append(delta)
+        self.totals["seconds"] += self._clock() - entered
         return deltas
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
@@ -161,7 +169,7 @@ class Engine:
                 self.abort(number)
 
     def stats(self) -> dict[str, float]:
-        """What the engine holds and has done, as numbers by name."""
+        """What the engine holds and has done, as numbers by name; of its sparsity what `Probe.report` says."""
         pages, scheduler = self.pages, self.scheduler
         return {
             "requests_running": len(scheduler.running),
@@ -172,6 +180,7 @@ class Engine:
             "pages_evicted": pages.evicted,
             "preemptions": scheduler.preemptions,
             **self.totals,
+            **self._probe.report(),
         }
 
     def close(self) -> None:

@@ -36,16 +36,15 @@ class Runner:
         self.network = network
         self.device = network.embed.weight.device
         self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
-        self.observer: Observer | None = None
         self._end_ids = sorted(end_ids)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Drawn | None]:
+    def run(self, plan: Plan, observer: Observer | None = None) -> list[Drawn | None]:
         """The step's results, one for each of its works: None for prompts that are not read to their end."""
         self._copy(plan.copies)
         if not plan.works:
             return []
-        hidden_TD = self.network.hidden(batch_of(plan.works).to(self.device), self.pools, self.observer)
+        hidden_TD = self.network.hidden(batch_of(plan.works).to(self.device), self.pools, observer)
         rows: list[int] = []
         end = 0
         for work in plan.works:

@@ -1,8 +1,8 @@
 """The `openm3` command: what it accepts, and which module does the work.
 
-Flags live here, in one place, so that `--help` imports neither torch nor any room; a command's module is imported when
-the command runs. The exit code is the handler's, or 2 for a deliberate error, 130 for Ctrl-C, 141 when the reader of
-the output went away.
+Flags live here and, those of bench, in cli_bench.py, so that `--help` imports neither torch nor any room; a command's
+module is imported when the command runs. The exit code is the handler's, or 2 for a deliberate error, 130 for Ctrl-C,
+141 when the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TypeAlias
 
 from openm3 import __version__
+from openm3.cli_bench import add_bench
+from openm3.cli_options import Commands, add_json, add_model, add_precision, add_reply, add_threads, command, positive
 from openm3.errors import OpenM3Error
 
 HANDLERS = {
@@ -30,8 +31,6 @@ HANDLERS = {
     "inspect": "openm3.model.inspect",
 }
 """The module behind each command. It has `run(args) -> int`; for inspect, `report(path)` and `render(report)`."""
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,14 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_eval(commands)
     _add_agree(commands)
-    _add_bench(commands)
+    add_bench(commands)
     _add_doctor(commands)
     _add_inspect(commands)
     return parser
 
 
 def _add_ask(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "ask",
         "answer a question from long documents, with evidence",
@@ -108,9 +107,9 @@ def _add_ask(commands: Commands) -> None:
         required=True,
         help="a file, folder or glob to read; '-' is standard input; may be repeated",
     )
-    _add_model(parser)
-    _add_precision(parser)
-    _add_reply(parser, max_new_tokens=128)
+    add_model(parser)
+    add_precision(parser)
+    add_reply(parser, max_new_tokens=128)
     parser.add_argument(
         "--cache",
         metavar="DIR",
@@ -119,12 +118,12 @@ def _add_ask(commands: Commands) -> None:
     parser.add_argument(
         "--implementation", metavar="NAME", help="force one implementation of the operators, e.g. reference"
     )
-    _add_threads(parser)
-    _add_json(parser)
+    add_threads(parser)
+    add_json(parser)
 
 
 def _add_chat(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "chat",
         "talk to a model in the terminal",
@@ -135,14 +134,14 @@ def _add_chat(commands: Commands) -> None:
     parser.add_argument(
         "--file", metavar="PATH", action="append", help="a file, folder or glob to talk about; may be repeated"
     )
-    _add_model(parser)
-    _add_precision(parser)
-    _add_reply(parser, max_new_tokens=512)
-    _add_threads(parser)
+    add_model(parser)
+    add_precision(parser)
+    add_reply(parser, max_new_tokens=512)
+    add_threads(parser)
 
 
 def _add_train(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "train",
         "train a small M3 with its index branch",
@@ -155,13 +154,13 @@ def _add_train(commands: Commands) -> None:
     )
     parser.add_argument("--recipe", metavar="NAME", default="m3-tiny", help="what to train (default: m3-tiny)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest state in the output folder")
-    parser.add_argument("--steps", metavar="N", type=_positive, help="override the recipe's number of steps")
+    parser.add_argument("--steps", metavar="N", type=positive, help="override the recipe's number of steps")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of weights and data (default: 0)")
-    _add_threads(parser)
+    add_threads(parser)
 
 
 def _add_eval(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "eval",
         "measure what a model finds at length, what its selection covers, and what smaller weights lose",
@@ -176,19 +175,19 @@ def _add_eval(commands: Commands) -> None:
 
 
 def _add_needles(tasks: Commands) -> None:
-    parser = _command(
+    parser = command(
         tasks,
         "needles",
         "ask for pass keys, quotes and what is absent in long held-out documents",
         "openm3 eval needles",
         "openm3 eval needles --lengths 8192 --count 20 --attention selected --out runs/short",
     )
-    _add_model(parser)
-    _add_precision(parser)
+    add_model(parser)
+    add_precision(parser)
     parser.add_argument(
         "--lengths",
         metavar="N",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[32768, 131072],
         help="tokens of the documents (default: 32768 131072)",
@@ -196,7 +195,7 @@ def _add_needles(tasks: Commands) -> None:
     parser.add_argument(
         "--count",
         metavar="N",
-        type=_positive,
+        type=positive,
         nargs="+",
         help="pass keys asked for, one number or one a length; half as many quotes and absences "
         "(default: 200 up to 65536 tokens, 50 above)",
@@ -215,49 +214,49 @@ def _add_needles(tasks: Commands) -> None:
         help="results, table and heat map; a stopped run goes on from them (default: runs/needles)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of documents and questions (default: 0)")
-    _add_threads(parser)
-    _add_json(parser)
+    add_threads(parser)
+    add_json(parser)
 
 
 def _add_coverage(tasks: Commands) -> None:
-    parser = _command(
+    parser = command(
         tasks,
         "coverage",
         "show the share of dense attention mass that the selected blocks hold, layer by layer",
         "openm3 eval coverage",
         "openm3 eval coverage --length 32768 --count 1 --json",
     )
-    _add_model(parser)
-    _add_precision(parser)
+    add_model(parser)
+    add_precision(parser)
     parser.add_argument(
-        "--length", metavar="N", type=_positive, default=8192, help="tokens of each text (default: 8192)"
+        "--length", metavar="N", type=positive, default=8192, help="tokens of each text (default: 8192)"
     )
-    parser.add_argument("--count", metavar="N", type=_positive, default=4, help="texts (default: 4)")
+    parser.add_argument("--count", metavar="N", type=positive, default=4, help="texts (default: 4)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of texts and tokens (default: 0)")
-    _add_threads(parser)
-    _add_json(parser)
+    add_threads(parser)
+    add_json(parser)
 
 
 def _add_quantisation(tasks: Commands) -> None:
-    parser = _command(
+    parser = command(
         tasks,
         "quantisation",
         "compare the model in bfloat16, int8 and MXFP8 with itself in float32, on held-out texts",
         "openm3 eval quantisation",
         "openm3 eval quantisation --length 2048 --count 1 --json",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
-        "--length", metavar="N", type=_positive, default=4096, help="tokens of each text (default: 4096)"
+        "--length", metavar="N", type=positive, default=4096, help="tokens of each text (default: 4096)"
     )
-    parser.add_argument("--count", metavar="N", type=_positive, default=8, help="texts (default: 8)")
+    parser.add_argument("--count", metavar="N", type=positive, default=8, help="texts (default: 8)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the texts (default: 0)")
-    _add_threads(parser)
-    _add_json(parser)
+    add_threads(parser)
+    add_json(parser)
 
 
 def _add_agree(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "agree",
         "compare a model with recorded outputs; exit 1 outside tolerance",
@@ -269,99 +268,22 @@ def _add_agree(commands: Commands) -> None:
     )
     parser.add_argument("--model", metavar="PATH", help="checkpoint to compare (default: the one recorded beside DIR)")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="where the model runs: cpu (default), or cuda")
-    _add_json(parser)
-
-
-def _add_bench(commands: Commands) -> None:
-    parser = _command(
-        commands,
-        "bench",
-        "measure operators or a model against this machine's peaks",
-        "openm3 bench ops --quick",
-        "openm3 bench model --json",
-    )
-    subjects = parser.add_subparsers(
-        dest="subject", metavar="SUBJECT", title="subjects", required=True, help="what to measure"
-    )
-    _add_bench_ops(subjects)
-    _add_bench_model(subjects)
-
-
-def _add_bench_ops(subjects: Commands) -> None:
-    parser = _command(
-        subjects,
-        "ops",
-        "time block selection and attention at M3's own geometry, case by case",
-        "openm3 bench ops --quick --json",
-        "openm3 bench ops --case select_1_behind_1m --against blocked",
-        "openm3 bench ops --case 'served_*'",
-        "openm3 bench ops --headline",
-    )
-    parser.add_argument(
-        "--case",
-        metavar="NAME",
-        nargs="+",
-        action="extend",
-        help="cases to time, by name or pattern (default: all but served_*)",
-    )
-    parser.add_argument("--list", action="store_true", help="list the cases and time nothing")
-    parser.add_argument("--quick", action="store_true", help="the five main cases, in less than 50 seconds")
-    parser.add_argument(
-        "--against", metavar="NAME", help="also time another implementation of the operators, e.g. blocked, in turns"
-    )
-    parser.add_argument(
-        "--headline",
-        action="store_true",
-        help="time sparse against dense attention behind a million tokens: 15 GiB of memory and some minutes",
-    )
-    _add_threads(parser)
-    _add_json(parser)
-
-
-def _add_bench_model(subjects: Commands) -> None:
-    parser = _command(
-        subjects,
-        "model",
-        "time a whole model: a chunk of 512 tokens behind a context, and decoding there",
-        "openm3 bench model",
-        "openm3 bench model --lengths 8192 131072 --dtype bfloat16",
-        "openm3 bench model --config path/to/config.json --dtype bfloat16",
-    )
-    _add_model(parser)
-    _add_precision(parser)
-    parser.add_argument(
-        "--config", metavar="PATH", help="a config.json to fill with random weights, instead of a checkpoint"
-    )
-    parser.add_argument(
-        "--lengths",
-        metavar="N",
-        type=_positive,
-        nargs="+",
-        default=[2048, 8192, 32768],
-        help="tokens of context (default: 2048 8192 32768)",
-    )
-    parser.add_argument(
-        "--whole",
-        action="store_true",
-        help="read every context through the model; otherwise the cache is filled with random keys and values",
-    )
-    _add_threads(parser)
-    _add_json(parser)
+    add_json(parser)
 
 
 def _add_doctor(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "doctor",
         "show which implementation of each operator runs here, and why not the others",
         "openm3 doctor",
         "openm3 doctor --json",
     )
-    _add_json(parser)
+    add_json(parser)
 
 
 def _add_inspect(commands: Commands) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "inspect",
         "show a checkpoint's layers, parameters, memory and cost a token",
@@ -369,62 +291,4 @@ def _add_inspect(commands: Commands) -> None:
         "openm3 inspect path/to/config.json --json",
     )
     parser.add_argument("path", metavar="PATH", help="a checkpoint folder, its config.json, or m3-tiny")
-    _add_json(parser)
-
-
-def _command(commands: Commands, name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="PATH", default="m3-tiny", help="checkpoint folder, or the bundled m3-tiny (default)"
-    )
-
-
-def _add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="float32", help="of weights and cache (default: float32)"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("int8", "int8-channel"),
-        help="keep the layers' weights in one byte each, with a scale for every 32 inputs or one an output",
-    )
-
-
-def _add_reply(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    parser.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=_positive,
-        default=max_new_tokens,
-        help=f"longest answer (default: {max_new_tokens})",
-    )
-    parser.add_argument(
-        "--thinking",
-        choices=("adaptive", "enabled", "disabled"),
-        default="disabled",
-        help="whether the model thinks before it answers (default: disabled)",
-    )
-
-
-def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", metavar="N", type=_positive, help="CPU threads (default: PyTorch's choice)")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+    add_json(parser)

@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 
+from openm3.config import EngineConfig
+from openm3.engine.engine import Engine
 from openm3.errors import ConfigError
-from openm3.eval import bench_headline, bench_model, bench_ops
+from openm3.eval import bench_engine, bench_headline, bench_model, bench_ops
+from openm3.eval.bench_engine import Served
 from openm3.eval.bench_headline import Headline
 from openm3.eval.bench_model import Timing
 from openm3.eval.bench_ops import Line
 from openm3.eval.bench_peaks import Peaks, Work, measure_peaks
 from openm3.eval.report import table, tokens
+from openm3.model.model import load
 from openm3.ops.dispatch import NAMES
 
 BUDGET, QUICK_BUDGET = 6.0, 1.5
@@ -34,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or one JSON line."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return _model(args) if args.subject == "model" else _ops(args)
+    return {"ops": _ops, "model": _model, "engine": _engine}[args.subject](args)
 
 
 def _ops(args: argparse.Namespace) -> int:
@@ -72,6 +76,39 @@ def _model(args: argparse.Namespace) -> int:
     else:
         print(render_model(name, timings, peaks))
     return 0
+
+
+def _engine(args: argparse.Namespace) -> int:
+    workloads = bench_engine.choose(args.workload)
+    model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
+    config = EngineConfig(draft_tokens=args.draft_tokens)
+    peaks = measure_peaks()
+    runs = bench_engine.measure(
+        lambda: Engine(model, config), workloads, requests=args.requests, rate=args.rate, seed=args.seed
+    )
+    served = list(runs)
+    if args.json:
+        settings = {"model": model.name, "dtype": args.dtype, "weights": args.weights}
+        print(json.dumps(settings | _machine(peaks) | {"workloads": [run.values() for run in served]}))
+    else:
+        print(render_engine(served))
+    return 0
+
+
+def render_engine(served: Sequence[Served]) -> str:
+    """A table of what requests waited for, in milliseconds."""
+    head = (
+        *("workload", "requests", "first token p50", "p95", "p99", "between p50", "p95", "p99"),
+        *("written/s", "read/s", "from cache", "host"),
+    )
+    rows = []
+    for run in served:
+        values = run.values()
+        times = (f"{1e3 * seconds:,.0f}" for seconds in run.percentiles().values())
+        speeds = (f"{values[name]:,.0f}" for name in ("written_per_second", "read_per_second"))
+        shares = (f"{values[name]:.1%}" for name in ("cache_hit_rate", "host_share"))
+        rows.append((run.workload, str(values["requests"]), *times, *speeds, *shares))
+    return table(head, rows, "<" + ">" * (len(head) - 1))
 
 
 def _ops_values(

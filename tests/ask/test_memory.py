@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from openm3.ask.memory import check_memory
+from openm3.ask.memory import check_memory, forecast
 from openm3.errors import PromptError
 from openm3.model import memory
 from openm3.model.model import Model
@@ -37,3 +37,10 @@ def test_too_little_memory_is_said(model: Model, monkeypatch: pytest.MonkeyPatch
 def test_unknown_memory_is_no_reason_to_refuse(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "missing")
     check_memory(model.config, 1 << 40, 4)
+
+
+def test_large_contexts_are_told_of(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm3.ask.memory.free_bytes", lambda: 3 << 29)
+    assert forecast(model.config, 1000, 4) is None
+    monkeypatch.setattr("openm3.ask.memory.context_bytes", lambda *_: 5 << 30)
+    assert forecast(model.config, 1_000_000, 4) == "1,000,000 tokens need 5.0 GiB of memory, 1.5 GiB is free"

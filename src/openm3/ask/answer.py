@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,20 +54,24 @@ class Reader:
         *,
         thinking: str = "disabled",
         max_new_tokens: int = MAX_NEW_TOKENS,
+        on_start: Callable[[int], None] | None = None,
         on_progress: OnProgress | None = None,
         on_text: OnText | None = None,
     ) -> Answer:
         """Answer one question, greedily, in at most `max_new_tokens`.
 
-        `on_progress` gets the tokens read so far and in all, `on_text` the parts of the answer as they come. Raises
-        PromptError, before anything is read, for an empty question, and for a prompt longer than the model or the
-        memory takes. Ctrl-C while reading raises KeyboardInterrupt; while answering it ends the answer.
+        `on_start` gets the length of all there will be, in tokens, before anything is read; `on_progress` the tokens
+        read so far and in all, `on_text` the parts of the answer as they come. Raises PromptError, before anything is
+        read, for an empty question, and for a prompt longer than the model or the memory takes. Ctrl-C while reading
+        raises KeyboardInterrupt; while answering it ends the answer.
         """
         if not question.strip():
             raise PromptError("the question is empty")
         content = user_message([(d.name, d.text) for d in self.documents], question)
         messages = [{"role": "user", "content": content}]
         ids = self._conversation.encode(messages, thinking=thinking, max_new_tokens=max_new_tokens)
+        if on_start is not None:
+            on_start(len(ids) + max_new_tokens)
         places = locate(self._conversation.model.tokenizer, ids, self.documents)
         witness = Witness(len(ids) + max_new_tokens)
         reply = self._conversation.reply(
@@ -79,6 +83,11 @@ class Reader:
             on_text=on_text,
         )
         return self._answer(reply, places, witness)
+
+    @property
+    def model(self) -> Model:
+        """What answers."""
+        return self._conversation.model
 
     def close(self) -> None:
         """Write what is still to be kept in the cache folder."""

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from openm3.ask.answer import Answer, Reader
 from openm3.ask.documents import Collection
 from openm3.ask.evidence import Evidence
+from openm3.ask.memory import forecast
 from openm3.tokens.router import Content, Thinking
 
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -89,9 +90,20 @@ class Voice:
 
 def show_answer(reader: Reader, question: str, *, thinking: str, max_new_tokens: int) -> Answer:
     """Ask and show it all: bar, answer, evidence, cost. Raises as `Reader.answer` does."""
+
+    def tell(num_tokens: int) -> None:
+        network = reader.model.network
+        if line := forecast(network.config, num_tokens, network.embed.weight.element_size()):
+            write(line + "\n", sys.stderr, style=_DIM)
+
     with Bar() as bar:
         answer = reader.answer(
-            question, thinking=thinking, max_new_tokens=max_new_tokens, on_progress=bar.update, on_text=Voice().say
+            question,
+            thinking=thinking,
+            max_new_tokens=max_new_tokens,
+            on_start=tell,
+            on_progress=bar.update,
+            on_text=Voice().say,
         )
     write(
         {"end": "\n", "length": f"\n[cut at {max_new_tokens} tokens]\n", "interrupted": "\n[interrupted]\n"}[

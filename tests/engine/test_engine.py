@@ -304,3 +304,30 @@ def test_other_weights_do_not_find_the_pages(model: Model, tmp_path: Path) -> No
         completion = second.generate([prompt], GREEDY)[0]
     assert completion.usage.cached_tokens == 0
     assert completion.ids == list(other.generate(prompt, max_new_tokens=12))
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(SAMPLED, logprobs=2)], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_end_one_reply(
+    params: SamplingParams, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = engine(model)
+    head = model.network.head.forward
+    broken = served.add(words(30, 50), params)
+
+    def spoiled(hidden_SD: torch.Tensor) -> torch.Tensor:
+        logit_SV: torch.Tensor = head(hidden_SD)
+        logit_SV[0, 7] = torch.nan
+        return logit_SV
+
+    served.step()
+    whole = served.add(words(31, 50), params)
+    monkeypatch.setattr(model.network.head, "forward", spoiled)
+    deltas = served.step()
+    assert deltas[broken].finish_reason == "error"
+    last = deltas[broken].completion
+    assert last is not None and len(last.ids) == 1
+    monkeypatch.undo()
+    while served.has_work:
+        deltas = served.step()
+    reply = deltas[whole].completion
+    assert reply is not None and reply.ids == alone(model, words(31, 50), params).ids

@@ -214,6 +214,9 @@ class Engine:
         shown, kept, ended = "", 0, False
         for place, token in enumerate(drawn.ids):
             kept = place
+            if token < 0:
+                reason = "error"
+                break
             request.token_times.append(now)
             request.ids.append(token)
             if token in request.params.stop_ids or (token in self.end_ids and not request.params.ignore_eos):
@@ -233,7 +236,8 @@ class Engine:
         if drawn.logprobs is not None:
             logprobs = drawn.logprobs[: len(ids)]
             request.logprobs += logprobs
-        self.scheduler.advance(work, work.count + kept)
+        if reason != "error":
+            self.scheduler.advance(work, work.count + kept)
         delta = Delta(ids, shown, logprobs=logprobs)
         return delta if reason is None else self._finish(request, reason, delta, ended)
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from openm3.errors import PromptError
 
-FinishReason = Literal["stop", "length", "abort", "timeout"]
-"""Why a reply ended: a stop token or string, its longest length, the client, or its time."""
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+"""Why a reply ended: a stop token or string, its longest length, the client, its time, or logits that are no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

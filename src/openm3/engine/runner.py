@@ -23,7 +23,10 @@ from openm3.ops.sample import SampleParams, sample, top_logprobs
 
 @dataclass(frozen=True)
 class Drawn:
-    """The tokens after a work's last token and after each of its draft tokens, as if all before it were right."""
+    """The tokens after a work's last token and after each of its draft tokens, as if all before it were right.
+
+    -1 where the logits are NaN or +inf or forbid every token.
+    """
 
     ids: list[int]
     logprobs: list[Logprob] | None = None
@@ -71,10 +74,14 @@ class Runner:
         for row, (request, i, _) in enumerate(places):
             if request.num_output + i < request.params.min_tokens:
                 logit_SV[row, [*self._end_ids, *request.params.stop_ids]] = -torch.inf
-        if all(request.params.plain for request in requests):
-            ids = logit_SV.argmax(-1).tolist()
-        else:
-            ids = sample(logit_SV, *_sampling(places))[0].tolist()
+        best_S = logit_SV.max(-1)
+        id_S = best_S.indices
+        broken_S = ~best_S.values.isfinite()
+        if broken_S.any():
+            logit_SV = logit_SV.masked_fill(broken_S[:, None], 0.0)
+        if not all(request.params.plain for request in requests):
+            id_S, _ = sample(logit_SV, *_sampling(places))
+        ids = id_S.masked_fill(broken_S, -1).tolist()
         chosen = _logprobs(logit_SV, ids, requests) if any(r.params.logprobs is not None for r in requests) else None
         drawn, first = [], 0
         for work in works:
@@ -132,7 +139,8 @@ def _sampling(places: _Places) -> tuple[SampleParams, list[list[int]], list[list
 
 
 def _logprobs(logit_SV: Tensor, ids: Sequence[int], requests: Sequence[Request]) -> list[Logprob]:
-    logprob_S = logit_SV.log_softmax(-1).gather(1, torch.tensor(ids, device=logit_SV.device)[:, None])[:, 0].tolist()
+    id_S = torch.tensor(ids, device=logit_SV.device).clamp(min=0)
+    logprob_S = logit_SV.log_softmax(-1).gather(1, id_S[:, None])[:, 0].tolist()
     most = max(request.params.logprobs or 0 for request in requests)
     top_ids, top_values = (x.tolist() for x in top_logprobs(logit_SV, most))
     return [

@@ -9,7 +9,7 @@ from typing import Literal
 from openm3.errors import PromptError
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
-"""Why a reply ended: a stop token or string, its longest length, its client, its time, or logits that are no numbers."""
+"""Why a reply ended: stop token or string, longest length, client, time, or logits that are no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,481 @@
+"""The mixture of experts in Triton: routing, and the experts' layers as products of rows gathered on the device.
+
+Pairs of a token and one of its experts are put in the order of their experts; a tile is some neighbouring pairs of one
+expert. How many tiles there are follows from the number of pairs, whatever they are; which expert a tile belongs to,
+programs find by themselves. Each pair's output is written and a token's are added up in the order of `expert_TA`: no
+number depends on which program is first. A pair with an expert that does not exist adds nothing.
+
+Products are in the wider dtype of tokens and weights, in which the activations between the two layers are kept too.
+Sums are float32. How they are grouped depends on how many tokens there are, not on which; routing's does not either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openm3.ops.linear.quantised import QuantisedWeight, Weight
+from openm3.ops.triton import Machine, machine, padded, refusal
+
+WORKSPACE = 1 << 28
+"""Bytes of activations, and of outputs of pairs, held at a time: 10,922 tokens of M3 in bfloat16 are not yet cut."""
+
+MOST_EXPERTS = 1024
+"""As many as one program chooses from."""
+
+ROUTE_DEPTH = 512
+"""Inputs that a program of the router adds up, whatever the tokens: equal tokens are routed equally in every batch."""
+
+HIDDEN = tl.constexpr(-(1 << 63))
+"""Below the rank of any expert."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A program multiplies `rows` pairs by `columns` rows of a weight, `depth` numbers of each at a time.
+
+    `group` neighbouring tiles meet the same columns before the next ones, as their weights may be the same.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(num_pairs: int, num_experts: int, itemsize: int, machine: Machine) -> Tiles:
+    """Tiles twice as high as an expert has pairs on average. Not measured yet.
+
+    Up to 160 pairs an expert, reading weights takes longer than multiplying: few pairs get small tiles, of which three
+    fit on a multiprocessor of Hopper with 40 KiB each on their way. From 64 rows on warpgroups multiply; 128 x 256 is the
+    most whose sums fit in registers. Float32 runs on no tensor cores, and larger tiles take the compiler minutes.
+    """
+    rows = min(128, padded(2 * -(-num_pairs // num_experts), least=16))
+    if itemsize == 4:
+        return Tiles(min(rows, 32), 32, 32, 8, 4, 2)
+    if rows < 64:
+        return Tiles(rows, 64, 128, 8, 4, 3)
+    columns = 2 * rows
+    stages = (machine.shared_bytes - (8 << 10)) // ((rows + columns) * 64 * itemsize)
+    return Tiles(rows, columns, 64, 8, rows // 16, min(max(stages, 1), 4))
+
+
+def experts(
+    x_TD: Tensor,
+    expert_TA: Tensor,
+    weight_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    (num_tokens, num_active), inner = expert_TA.shape, down_EDF.shape[2]
+    if x_TD.numel() == 0 or num_active * inner == 0:
+        return torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
+    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    dtype = reduce(torch.promote_types, (weight.dtype for weight in (x_TD, gate_up_E2FD, down_EDF)))
+    step = max(1, WORKSPACE // (num_active * inner * dtype.itemsize))
+    for first in range(0, num_tokens, step):
+        part = slice(first, first + step)
+        _add_experts(
+            *(x_TD[part], expert_TA[part].contiguous(), weight_TA[part].contiguous(), gate_up_E2FD, down_EDF),
+            *(alpha, limit, dtype, out_TD[part]),
+        )
+    return out_TD
+
+
+def _add_experts(
+    x_TD: Tensor,
+    expert_TA: Tensor,
+    weight_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    alpha: float,
+    limit: float,
+    dtype: torch.dtype,
+    out_TD: Tensor,
+) -> None:
+    (num_tokens, num_active), (num_experts, width, inner) = expert_TA.shape, down_EDF.shape
+    num_pairs, device = num_tokens * num_active, x_TD.device
+    pair = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    start_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    _group_pairs[(num_experts,)](expert_TA, pair, start_E1, num_pairs, CHUNK=min(4096, padded(num_pairs, 128)))
+
+    tiles = choose_tiles(num_pairs, num_experts, dtype.itemsize, machine(device))
+    num_tiles = num_pairs // tiles.rows + min(num_experts, num_pairs)
+    shape = {"A": num_active, "D": width, "F": inner, "E": num_experts, "EXPERTS": padded(num_experts)}
+    shape |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": tiles.group}
+    shape |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    hidden = torch.empty((num_pairs, inner), dtype=dtype, device=device)
+    _gate_up[(num_tiles * triton.cdiv(2 * inner, tiles.columns),)](
+        *(x_TD, gate_up_E2FD, pair, start_E1, hidden, alpha, limit, num_tiles),
+        *(*x_TD.stride(), *gate_up_E2FD.stride()),
+        **shape,
+    )
+    step = min(width, max(tiles.columns, WORKSPACE // (num_pairs * 4) // tiles.columns * tiles.columns))
+    out = torch.empty((num_pairs, step), dtype=torch.float32, device=device)
+    for first in range(0, width, step):
+        last = min(first + step, width)
+        _down[(num_tiles * triton.cdiv(last - first, tiles.columns),)](
+            *(hidden, down_EDF, pair, start_E1, weight_TA, out, num_tiles, first, last, step, *down_EDF.stride()),
+            **shape,
+        )
+        columns = min(1024, padded(last - first))
+        _add_up[(num_tokens, triton.cdiv(last - first, columns))](
+            *(out, expert_TA, out_TD, first, last, step),
+            A=num_active,
+            D=width,
+            E=num_experts,
+            COLUMNS=columns,
+            num_warps=4,
+        )
+
+
+def route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
+    (num_tokens, width), num_experts, device = x_TD.shape, router_ED.shape[0], x_TD.device
+    expert_TA = torch.empty((num_tokens, num_active), dtype=torch.int32, device=device)
+    weight_TA = torch.empty((num_tokens, num_active), dtype=torch.float32, device=device)
+    if num_tokens == 0:
+        return expert_TA, weight_TA
+    splits = triton.cdiv(width, ROUTE_DEPTH)
+    # Few tokens leave it to many programs to read the router; many tokens read it less often in larger tiles.
+    rows, columns = (16, 16) if num_tokens <= 64 else (64, min(64, padded(num_experts, 16)))
+    part_STE = torch.empty((splits, num_tokens, num_experts), dtype=torch.float32, device=device)
+    _route_products[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, columns), splits)](
+        *(x_TD, router_ED, part_STE, num_tokens, *x_TD.stride(), *router_ED.stride()),
+        D=width,
+        E=num_experts,
+        ROWS=rows,
+        COLUMNS=columns,
+        SPLIT=ROUTE_DEPTH,
+        DEPTH=32,
+        num_warps=4,
+    )
+    rows = max(1, 512 // padded(num_experts))
+    _choose[(triton.cdiv(num_tokens, rows),)](
+        *(part_STE, bias_E, expert_TA, weight_TA, num_tokens, splits, bias_E.stride(0)),
+        A=num_active,
+        E=num_experts,
+        ROWS=rows,
+        EXPERTS=padded(num_experts),
+        ACTIVE=padded(num_active),
+        num_warps=4,
+    )
+    return expert_TA, weight_TA
+
+
+def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    inner = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        rows, columns = gate_up.reshape(-1, 2 * inner), min(1024, padded(inner))
+        _swiglu_rows[(rows.shape[0], triton.cdiv(inner, columns))](
+            rows, out, alpha, limit, *rows.stride(), F=inner, COLUMNS=columns, num_warps=4
+        )
+    return out
+
+
+def supports_experts(
+    x_TD: Tensor,
+    expert_TA: Tensor,
+    weight_TA: Tensor,
+    gate_up_E2FD: Weight,
+    down_EDF: Weight,
+    alpha: float,
+    limit: float,
+) -> str | None:
+    if isinstance(gate_up_E2FD, QuantisedWeight) or isinstance(down_EDF, QuantisedWeight):
+        return "multiplies weights as they are, not quantised ones"
+    if reason := refusal(x_TD, weight_TA, gate_up_E2FD, down_EDF):
+        return reason
+    return _too_many(down_EDF.shape[0])
+
+
+def supports_route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_active: int) -> str | None:
+    if reason := refusal(x_TD, router_ED, bias_E):
+        return reason
+    if not router_ED.dtype == bias_E.dtype == torch.float32:
+        return "routes in float32"
+    return _too_many(router_ED.shape[0])
+
+
+def supports_swiglu(gate_up: Tensor, alpha: float, limit: float) -> str | None:
+    return refusal(gate_up)
+
+
+def _too_many(num_experts: int) -> str | None:
+    return None if num_experts <= MOST_EXPERTS else f"takes up to {MOST_EXPERTS} experts, not {num_experts}"
+
+
+@triton.jit
+def _swiglu(b_gate, b_up, alpha, limit):
+    # Comparisons, unlike minima, let NaN through.
+    b_gate = tl.where(b_gate > limit, limit, b_gate)
+    b_up = tl.where(b_up > limit, limit, tl.where(b_up < -limit, -limit, b_up))
+    return tl.div_rn((b_up + 1.0) * b_gate, 1.0 + tl.exp(-alpha * b_gate))
+
+
+@triton.jit
+def _swiglu_rows(
+    p_gate_up, p_out, alpha, limit, stride_row, stride_column, F: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    b_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b_inside = b_column < F
+    b_p_gate = p_gate_up + row * stride_row + b_column * stride_column
+    b_gate = tl.load(b_p_gate, mask=b_inside).to(tl.float32)
+    b_up = tl.load(b_p_gate + F * stride_column, mask=b_inside).to(tl.float32)
+    tl.store(p_out + row * F + b_column, _swiglu(b_gate, b_up, alpha, limit), mask=b_inside)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _group_pairs(p_expert, p_pair, p_start, num_pairs, CHUNK: tl.constexpr):
+    """The pairs of one expert in their order, behind those of the experts before it; and where they start."""
+    expert = tl.program_id(0)
+    b_pair = tl.arange(0, CHUNK)
+    b_before = tl.zeros((CHUNK,), tl.int32)
+    for first in range(0, num_pairs, CHUNK):
+        b_expert = tl.load(p_expert + first + b_pair, mask=first + b_pair < num_pairs, other=-1)
+        b_before += ((b_expert >= 0) & (b_expert < expert)).to(tl.int32)
+    place = tl.sum(b_before)
+    tl.store(p_start + expert, place)
+    for first in range(0, num_pairs, CHUNK):
+        b_expert = tl.load(p_expert + first + b_pair, mask=first + b_pair < num_pairs, other=-1)
+        b_own = (b_expert == expert).to(tl.int32)
+        tl.store(p_pair + place + tl.cumsum(b_own, 0) - 1, first + b_pair, mask=b_own != 0)
+        place += tl.sum(b_own)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(p_start + expert + 1, place)
+
+
+@triton.jit
+def _place(p_start, num_tiles, E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """A program's expert, its bounds among the sorted pairs (equal where there is nothing to do), and its columns."""
+    num_columns = tl.num_programs(0) // num_tiles
+    i_group = tl.program_id(0) // (GROUP * num_columns)
+    i_inside = tl.program_id(0) % (GROUP * num_columns)
+    size = tl.minimum(num_tiles - i_group * GROUP, GROUP)
+    i_tile, i_column = i_group * GROUP + i_inside % size, i_inside // size
+    b_expert = tl.arange(0, EXPERTS)
+    b_start = tl.load(p_start + b_expert, mask=b_expert < E, other=0)
+    b_stop = tl.load(p_start + b_expert + 1, mask=b_expert < E, other=0)
+    b_tiles = tl.cdiv(b_stop - b_start, ROWS)
+    b_done = tl.cumsum(b_tiles, 0) <= i_tile
+    expert = tl.sum(b_done.to(tl.int32))
+    i_tile -= tl.sum(tl.where(b_done, b_tiles, 0))
+    first = tl.load(p_start + tl.minimum(expert, E)) + i_tile * ROWS
+    last = tl.minimum(first + ROWS, tl.load(p_start + tl.minimum(expert + 1, E)))
+    return expert, first, tl.maximum(first, last), i_column
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _gate_up(
+    p_x,
+    p_weight,
+    p_pair,
+    p_start,
+    p_hidden,
+    alpha,
+    limit,
+    num_tiles,
+    stride_xt,
+    stride_xd,
+    stride_we,
+    stride_wo,
+    stride_wd,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Half of the columns are of the gate, half are the same ones of up."""
+    expert, first, last, i_column = _place(p_start, num_tiles, E, EXPERTS, ROWS, GROUP)
+    if first == last:
+        return
+    DTYPE: tl.constexpr = p_hidden.dtype.element_ty
+    b_row, b_depth = first + tl.arange(0, ROWS), tl.arange(0, DEPTH)[None, :]
+    b_column = i_column * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    # What stands behind the last row or column is some other one, and is not stored.
+    b_token = tl.load(p_pair + tl.minimum(b_row, last - 1)) // A
+    b_p_x = p_x + b_token.to(tl.int64)[:, None] * stride_xt + b_depth * stride_xd
+    b_output = tl.minimum(b_column, F - 1).to(tl.int64)[:, None]
+    b_p_gate = p_weight + expert.to(tl.int64) * stride_we + b_output * stride_wo + b_depth * stride_wd
+    b_p_up = b_p_gate + tl.cast(stride_wo, tl.int64) * F
+    b_gate = tl.zeros((ROWS, COLUMNS // 2), tl.float32)
+    b_up = tl.zeros((ROWS, COLUMNS // 2), tl.float32)
+    for depth in range(0, D, DEPTH):
+        b_x = _piece(b_p_x, depth, stride_xd, b_depth, D, DEPTH).to(DTYPE)
+        b_gate_weight = _piece(b_p_gate, depth, stride_wd, b_depth, D, DEPTH).to(DTYPE)
+        b_gate = tl.dot(b_x, tl.trans(b_gate_weight), b_gate, input_precision="ieee")
+        b_up_weight = _piece(b_p_up, depth, stride_wd, b_depth, D, DEPTH).to(DTYPE)
+        b_up = tl.dot(b_x, tl.trans(b_up_weight), b_up, input_precision="ieee")
+    b_p_hidden = p_hidden + b_row.to(tl.int64)[:, None] * F + b_column[None, :]
+    b_inside = (b_row < last)[:, None] & (b_column < F)[None, :]
+    tl.store(b_p_hidden, _swiglu(b_gate, b_up, alpha, limit).to(DTYPE), mask=b_inside)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "first_column", "last_column"])
+def _down(
+    p_hidden,
+    p_weight,
+    p_pair,
+    p_start,
+    p_pair_weight,
+    p_out,
+    num_tiles,
+    first_column,
+    last_column,
+    stride_out,
+    stride_we,
+    stride_wo,
+    stride_wd,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    expert, first, last, i_column = _place(p_start, num_tiles, E, EXPERTS, ROWS, GROUP)
+    if first == last:
+        return
+    DTYPE: tl.constexpr = p_hidden.dtype.element_ty
+    b_row, b_depth = first + tl.arange(0, ROWS), tl.arange(0, DEPTH)[None, :]
+    b_column = first_column + i_column * COLUMNS + tl.arange(0, COLUMNS)
+    b_p_hidden = p_hidden + tl.minimum(b_row, last - 1).to(tl.int64)[:, None] * F + b_depth
+    b_output = tl.minimum(b_column, D - 1).to(tl.int64)[:, None]
+    b_p_weight = p_weight + expert.to(tl.int64) * stride_we + b_output * stride_wo + b_depth * stride_wd
+    b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, F, DEPTH):
+        b_hidden = _piece(b_p_hidden, depth, 1, b_depth, F, DEPTH)
+        b_weight = _piece(b_p_weight, depth, stride_wd, b_depth, F, DEPTH).to(DTYPE)
+        b_sum = tl.dot(b_hidden, tl.trans(b_weight), b_sum, input_precision="ieee")
+    b_pair = tl.load(p_pair + tl.minimum(b_row, last - 1))
+    b_sum *= tl.load(p_pair_weight + b_pair).to(tl.float32)[:, None]
+    b_p_out = p_out + b_pair.to(tl.int64)[:, None] * stride_out + (b_column - first_column)[None, :]
+    tl.store(b_p_out, b_sum, mask=(b_row < last)[:, None] & (b_column < last_column)[None, :])
+
+
+@triton.jit
+def _piece(b_p, depth, stride, b_depth, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+    """The next DEPTH of WIDTH numbers of some rows, zeros behind the last."""
+    if WIDTH % DEPTH == 0:
+        return tl.load(b_p + depth * stride)
+    return tl.load(b_p + depth * stride, mask=b_depth < WIDTH - depth, other=0.0)
+
+
+@triton.jit(do_not_specialize=["first_column", "last_column"])
+def _add_up(
+    p_pair_out,
+    p_expert,
+    p_out,
+    first_column,
+    last_column,
+    stride_out,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    b_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b_inside = first_column + b_column < last_column
+    b_sum = tl.zeros((COLUMNS,), tl.float32)
+    for a in tl.static_range(A):
+        expert = tl.load(p_expert + token * A + a)
+        exists = (expert >= 0) & (expert < E)
+        b_sum += tl.load(p_pair_out + (token * A + a) * stride_out + b_column, mask=b_inside & exists, other=0.0)
+    tl.store(p_out + token * D + first_column + b_column, b_sum, mask=b_inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _route_products(
+    p_x,
+    p_router,
+    p_part,
+    num_tokens,
+    stride_xt,
+    stride_xd,
+    stride_re,
+    stride_rd,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Float32 products without tensor cores: each sum is one chain in the order of its inputs, in every tile."""
+    b_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b_depth = tl.program_id(2) * SPLIT + tl.arange(0, DEPTH)[None, :]
+    b_p_x = p_x + tl.minimum(b_row, num_tokens - 1).to(tl.int64)[:, None] * stride_xt + b_depth * stride_xd
+    b_p_router = p_router + tl.minimum(b_column, E - 1)[:, None] * stride_re + b_depth * stride_rd
+    b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, SPLIT, DEPTH):
+        b_x = _piece(b_p_x, depth, stride_xd, b_depth, D, SPLIT).to(tl.float32)
+        b_router = _piece(b_p_router, depth, stride_rd, b_depth, D, SPLIT)
+        b_sum = tl.dot(b_x, tl.trans(b_router), b_sum, input_precision="ieee")
+    i_row = tl.program_id(2).to(tl.int64) * num_tokens + b_row
+    b_inside = (b_row < num_tokens)[:, None] & (b_column < E)[None, :]
+    tl.store(p_part + i_row[:, None] * E + b_column[None, :], b_sum, mask=b_inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "splits"])
+def _choose(
+    p_part,
+    p_bias,
+    p_expert,
+    p_weight,
+    num_tokens,
+    splits,
+    stride_bias,
+    A: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+):
+    b_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b_expert = tl.arange(0, EXPERTS)[None, :]
+    b_inside = (b_row < num_tokens)[:, None] & (b_expert < E)
+    b_p_part = p_part + b_row.to(tl.int64)[:, None] * E + b_expert
+    b_logit = tl.zeros((ROWS, EXPERTS), tl.float32)
+    for i in range(splits):
+        b_logit += tl.load(b_p_part + tl.cast(i, tl.int64) * num_tokens * E, mask=b_inside, other=0.0)
+    b_score = tl.div_rn(1.0, 1.0 + tl.exp(-b_logit))
+    b_key = b_score + tl.load(p_bias + b_expert * stride_bias, mask=b_expert < E, other=0.0)
+    # The total order as numbers: NaN first as in a sort, then the larger, zeros of either sign equal; then the smaller.
+    b_bits = tl.where(b_key == 0.0, 0.0, b_key).to(tl.int32, bitcast=True)
+    b_order = tl.where(b_key == b_key, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    b_rank = (b_order.to(tl.int64) << 32) | (EXPERTS - 1 - b_expert).to(tl.int64)
+    b_rank = tl.where(b_inside, b_rank, HIDDEN)
+    b_active = tl.arange(0, ACTIVE)[None, :]
+    b_best = tl.full((ROWS,), (1 << 63) - 1, tl.int64)
+    b_chosen = tl.zeros((ROWS, ACTIVE), tl.int32)
+    b_weight = tl.zeros((ROWS, ACTIVE), tl.float32)
+    for a in range(A):
+        b_best = tl.max(tl.where(b_rank < b_best[:, None], b_rank, HIDDEN), 1)
+        b_taken = b_rank == b_best[:, None]
+        b_chosen = tl.where(b_active == a, tl.sum(tl.where(b_taken, b_expert, 0), 1)[:, None], b_chosen)
+        b_weight = tl.where(b_active == a, tl.sum(tl.where(b_taken, b_score, 0.0), 1)[:, None], b_weight)
+    b_weight = tl.div_rn(b_weight, tl.sum(b_weight, 1)[:, None] + tl.zeros_like(b_weight))
+    b_stored = (b_row < num_tokens)[:, None] & (b_active < A)
+    b_place = b_row.to(tl.int64)[:, None] * A + b_active
+    tl.store(p_expert + b_place, b_chosen, mask=b_stored)
+    tl.store(p_weight + b_place, b_weight, mask=b_stored)

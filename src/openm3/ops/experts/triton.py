@@ -81,7 +81,7 @@ def experts(
         return torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     dtype = reduce(torch.promote_types, (weight.dtype for weight in (x_TD, gate_up_E2FD, down_EDF)))
-    step = max(1, WORKSPACE // (num_active * inner * dtype.itemsize))
+    step = max(1, WORKSPACE // (num_active * max(inner * dtype.itemsize, 1024)))
     for first in range(0, num_tokens, step):
         part = slice(first, first + step)
         _add_experts(
@@ -106,7 +106,7 @@ def _add_experts(
     num_pairs, device = num_tokens * num_active, x_TD.device
     pair = torch.empty(num_pairs, dtype=torch.int32, device=device)
     start_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    _group_pairs[(num_experts,)](expert_TA, pair, start_E1, num_pairs, CHUNK=min(4096, padded(num_pairs, 128)))
+    _group_pairs[(num_experts,)](expert_TA, pair, start_E1, num_pairs, CHUNK=min(2048, padded(num_pairs, 256)), num_warps=8)
 
     tiles = choose_tiles(num_pairs, num_experts, dtype.itemsize, machine(device))
     num_tiles = num_pairs // tiles.rows + min(num_experts, num_pairs)
@@ -124,12 +124,12 @@ def _add_experts(
     for first in range(0, width, step):
         last = min(first + step, width)
         _down[(num_tiles * triton.cdiv(last - first, tiles.columns),)](
-            *(hidden, down_EDF, pair, start_E1, weight_TA, out, num_tiles, first, last, step, *down_EDF.stride()),
+            *(hidden, down_EDF, pair, start_E1, out, num_tiles, first, last, step, *down_EDF.stride()),
             **shape,
         )
         columns = min(1024, padded(last - first))
         _add_up[(num_tokens, triton.cdiv(last - first, columns))](
-            *(out, expert_TA, out_TD, first, last, step),
+            *(out, expert_TA, weight_TA, out_TD, first, last, step),
             A=num_active,
             D=width,
             E=num_experts,
@@ -195,6 +195,8 @@ def supports_experts(
         return "multiplies weights as they are, not quantised ones"
     if reason := refusal(x_TD, weight_TA, gate_up_E2FD, down_EDF):
         return reason
+    if any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 1 << 31 for x in (gate_up_E2FD, down_EDF)):
+        return "needs the weights of an expert within 2^31 numbers of each other"
     return _too_many(down_EDF.shape[0])
 
 
@@ -310,18 +312,13 @@ def _gate_up(
     # What stands behind the last row or column is some other one, and is not stored.
     b_token = tl.load(p_pair + tl.minimum(b_row, last - 1)) // A
     b_p_x = p_x + b_token.to(tl.int64)[:, None] * stride_xt + b_depth * stride_xd
-    b_output = tl.minimum(b_column, F - 1).to(tl.int64)[:, None]
-    b_p_gate = p_weight + expert.to(tl.int64) * stride_we + b_output * stride_wo + b_depth * stride_wd
-    b_p_up = b_p_gate + tl.cast(stride_wo, tl.int64) * F
-    b_gate = tl.zeros((ROWS, COLUMNS // 2), tl.float32)
-    b_up = tl.zeros((ROWS, COLUMNS // 2), tl.float32)
-    for depth in range(0, D, DEPTH):
-        b_x = _piece(b_p_x, depth, stride_xd, b_depth, D, DEPTH).to(DTYPE)
-        b_gate_weight = _piece(b_p_gate, depth, stride_wd, b_depth, D, DEPTH).to(DTYPE)
-        b_gate = tl.dot(b_x, tl.trans(b_gate_weight), b_gate, input_precision="ieee")
-        b_up_weight = _piece(b_p_up, depth, stride_wd, b_depth, D, DEPTH).to(DTYPE)
-        b_up = tl.dot(b_x, tl.trans(b_up_weight), b_up, input_precision="ieee")
-    b_p_hidden = p_hidden + b_row.to(tl.int64)[:, None] * F + b_column[None, :]
+    p_weight += expert.to(tl.int64) * stride_we
+    b_p_gate = p_weight + tl.minimum(b_column, F - 1)[:, None] * stride_wo + b_depth * stride_wd
+    b_p_up = b_p_gate + F * stride_wo
+    b_gate, b_up = _products(
+        b_p_x, stride_xd, b_p_gate, b_p_up, stride_wd, b_depth, D, ROWS, COLUMNS // 2, DEPTH, DTYPE
+    )
+    b_p_hidden = p_hidden + b_row[:, None] * F + b_column[None, :]
     b_inside = (b_row < last)[:, None] & (b_column < F)[None, :]
     tl.store(b_p_hidden, _swiglu(b_gate, b_up, alpha, limit).to(DTYPE), mask=b_inside)
 
@@ -332,7 +329,6 @@ def _down(
     p_weight,
     p_pair,
     p_start,
-    p_pair_weight,
     p_out,
     num_tiles,
     first_column,
@@ -356,19 +352,50 @@ def _down(
         return
     DTYPE: tl.constexpr = p_hidden.dtype.element_ty
     b_row, b_depth = first + tl.arange(0, ROWS), tl.arange(0, DEPTH)[None, :]
-    b_column = first_column + i_column * COLUMNS + tl.arange(0, COLUMNS)
-    b_p_hidden = p_hidden + tl.minimum(b_row, last - 1).to(tl.int64)[:, None] * F + b_depth
-    b_output = tl.minimum(b_column, D - 1).to(tl.int64)[:, None]
-    b_p_weight = p_weight + expert.to(tl.int64) * stride_we + b_output * stride_wo + b_depth * stride_wd
-    b_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for depth in range(0, F, DEPTH):
-        b_hidden = _piece(b_p_hidden, depth, 1, b_depth, F, DEPTH)
-        b_weight = _piece(b_p_weight, depth, stride_wd, b_depth, F, DEPTH).to(DTYPE)
-        b_sum = tl.dot(b_hidden, tl.trans(b_weight), b_sum, input_precision="ieee")
+    HALF: tl.constexpr = COLUMNS // 2
+    b_column = first_column + i_column * COLUMNS + tl.arange(0, HALF)
+    b_p_hidden = p_hidden + tl.minimum(b_row, last - 1)[:, None] * F + b_depth
+    p_weight += expert.to(tl.int64) * stride_we
+    b_p_left = p_weight + tl.minimum(b_column, D - 1)[:, None] * stride_wo + b_depth * stride_wd
+    b_p_right = p_weight + tl.minimum(b_column + HALF, D - 1)[:, None] * stride_wo + b_depth * stride_wd
+    b_left, b_right = _products(
+        b_p_hidden, 1, b_p_left, b_p_right, stride_wd, b_depth, F, ROWS, HALF, DEPTH, DTYPE
+    )
+    # Rows behind the last are the last again, and store the same numbers.
     b_pair = tl.load(p_pair + tl.minimum(b_row, last - 1))
-    b_sum *= tl.load(p_pair_weight + b_pair).to(tl.float32)[:, None]
-    b_p_out = p_out + b_pair.to(tl.int64)[:, None] * stride_out + (b_column - first_column)[None, :]
-    tl.store(b_p_out, b_sum, mask=(b_row < last)[:, None] & (b_column < last_column)[None, :])
+    b_p_out = p_out + b_pair[:, None] * stride_out + (b_column - first_column)[None, :]
+    if D % COLUMNS == 0:
+        tl.store(b_p_out, b_left)
+        tl.store(b_p_out + HALF, b_right)
+    else:
+        tl.store(b_p_out, b_left, mask=(b_column < last_column)[None, :])
+        tl.store(b_p_out + HALF, b_right, mask=(b_column + HALF < last_column)[None, :])
+
+
+@triton.jit
+def _products(
+    b_p_x,
+    stride_x,
+    b_p_left,
+    b_p_right,
+    stride_weight,
+    b_depth,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The same rows times two parts of a weight: two sums of half the width leave the compiler more room than one."""
+    b_left = tl.zeros((ROWS, COLUMNS), tl.float32)
+    b_right = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for depth in range(0, WIDTH, DEPTH):
+        b_x = _piece(b_p_x, depth, stride_x, b_depth, WIDTH, DEPTH).to(DTYPE)
+        b_weight = _piece(b_p_left, depth, stride_weight, b_depth, WIDTH, DEPTH).to(DTYPE)
+        b_left = tl.dot(b_x, tl.trans(b_weight), b_left, input_precision="ieee")
+        b_weight = _piece(b_p_right, depth, stride_weight, b_depth, WIDTH, DEPTH).to(DTYPE)
+        b_right = tl.dot(b_x, tl.trans(b_weight), b_right, input_precision="ieee")
+    return b_left, b_right
 
 
 @triton.jit
@@ -383,6 +410,7 @@ def _piece(b_p, depth, stride, b_depth, WIDTH: tl.constexpr, DEPTH: tl.constexpr
 def _add_up(
     p_pair_out,
     p_expert,
+    p_weight,
     p_out,
     first_column,
     last_column,
@@ -399,7 +427,9 @@ def _add_up(
     for a in tl.static_range(A):
         expert = tl.load(p_expert + token * A + a)
         exists = (expert >= 0) & (expert < E)
-        b_sum += tl.load(p_pair_out + (token * A + a) * stride_out + b_column, mask=b_inside & exists, other=0.0)
+        weight = tl.where(exists, tl.load(p_weight + token * A + a).to(tl.float32), 0.0)
+        b_out = tl.load(p_pair_out + (token * A + a) * stride_out + b_column, mask=b_inside & exists, other=0.0)
+        b_sum += weight * b_out
     tl.store(p_out + token * D + first_column + b_column, b_sum, mask=b_inside)
 
 

@@ -1,5 +1,7 @@
 """The mixture of experts in Triton: the reference's experts, as near to float64; on a GPU or in Triton's interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,8 +35,12 @@ def hold_to_the_reference(e: Routed) -> None:
     assert error(out_TD, truth_TD) <= 2 * theirs + 1e-7 * size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+HALF = [(case, torch.float16) for case in CASES[:1]]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*product(CASES, (torch.float32, torch.bfloat16)), *HALF], ids=lambda x: getattr(x, "name", x)
+)
 def test_experts_are_as_close_as_the_reference(
     case: ExpertCase, dtype: torch.dtype, triton_device: torch.device
 ) -> None:
@@ -112,20 +118,20 @@ def test_experts_that_do_not_exist_add_nothing(triton_device: torch.device) -> N
 
 def test_refusals(triton_device: torch.device) -> None:
     e = on(triton_device, routed(CASES[0]))
-    product, choice = (
+    sums, choice = (
         next(i for i in operator.implementations if i.name == "triton") for operator in (EXPERTS, ROUTE)
     )
     codes = quantise(e.down_EDF, 4)
     reason = "multiplies weights as they are, not quantised ones"
-    assert product.supports(*e[:4], codes, ALPHA, LIMIT) == reason
+    assert sums.supports(*e[:4], codes, ALPHA, LIMIT) == reason
     many_ED = torch.zeros(1025, 16, device=triton_device)
     assert choice.supports(e.x_TD, many_ED, many_ED[:, 0], 2) == "takes up to 1024 experts, not 1025"
     half_ED = many_ED[:4].half()
     assert choice.supports(e.x_TD, half_ED, half_ED[:, 0], 2) == "routes in float32"
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5, 70])
-@pytest.mark.parametrize(("num_experts", "num_active"), [(1, 1), (8, 2), (70, 5)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 70])
+@pytest.mark.parametrize(("num_experts", "num_active"), [(1, 1), (70, 5)])
 def test_routes_are_the_reference(
     num_experts: int, num_active: int, num_tokens: int, triton_device: torch.device
 ) -> None:

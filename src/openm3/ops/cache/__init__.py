@@ -1,7 +1,8 @@
 """Writing a step's keys, values and index keys into the pages of a layer's pool.
 
 `write_pages(k_TGH, v_TGH, index_k_TJ, pool, slot_T)` stores token t at `slot_T[t] = page * 128 + offset` of the pool,
-in place, in the pool's dtype; slots are distinct. On the CPU ValueError names one outside the pool; elsewhere the host
+in place, in the pool's dtype; slots are distinct. Pools of keys and values may be float8_e4m3fn, which keeps numbers
+beyond its largest, 448, as 448 of their sign, and NaN as NaN. On the CPU ValueError names one outside the pool; elsewhere the host
 does not look, and Triton's kernel stores nothing there. `index_k_TJ` and the pool's index part are None in layers
 without a selection. Codes of the index keys, where the pool has them, are brought up to date for the pages written.
 
@@ -90,6 +91,7 @@ WRITE_HEADS = Operator(
     "write_heads",
     (
         Implementation("native", native.supports_heads, native.write_heads),
+        in_triton("cache", "write_heads"),
         Implementation("reference", always, _turn_and_write),
     ),
 )

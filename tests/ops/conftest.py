@@ -87,6 +87,7 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cast_impl = interpreter.InterpreterBuilder.cast_impl
     patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
     def narrow(builder: Any, x: Any, dtype: Any, rounding: Any) -> Any:
         if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.float8e4nv):
             return fp_to_fp(builder, x, dtype, rounding)

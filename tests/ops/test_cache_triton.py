@@ -4,7 +4,16 @@ import pytest
 import torch
 
 import openm3
-from openm3.ops.cache import WRITE_HEADS, WRITE_PAGES, HeadNorms, Pool, Projections, turn_heads, write_heads, write_pages
+from openm3.ops.cache import (
+    WRITE_HEADS,
+    WRITE_PAGES,
+    HeadNorms,
+    Pool,
+    Projections,
+    turn_heads,
+    write_heads,
+    write_pages,
+)
 from openm3.ops.norm import rotary_table
 
 PAIRS = [(torch.float32, torch.float32), (torch.float32, torch.float8_e4m3fn), (torch.bfloat16, torch.bfloat16)]
@@ -64,7 +73,7 @@ def projected(
 def test_heads_are_their_steps(
     given: torch.dtype, stored: torch.dtype, tokens: int, index: bool, triton_device: torch.device
 ) -> None:
-    """Bit by bit what norm, rotation and page write give one after another; a GPU may add up a norm in another order."""
+    """Bit by bit what norm, rotation and page write give one after another, unless a GPU adds up in another order."""
     heads, norms, rope = projected(tokens, given, triton_device, index=index)
     slot_T = torch.randperm(6 * 128)[:tokens].to(triton_device)
     together, apart, defined = (pools(stored, triton_device, index) for _ in range(3))

@@ -1,4 +1,4 @@
-"""The mixture of experts in Triton: the reference's experts, as near to float64; on a GPU or in Triton's interpreter."""
+"""The mixture of experts in Triton: as near to float64 as the reference, on a GPU or in Triton's interpreter."""
 
 from itertools import product
 
@@ -83,7 +83,6 @@ def test_tiles_follow_the_average_expert() -> None:
     assert choose_tiles(4 * 8192, 128, 4, triton.HOPPER).rows == 32
 
 
-
 def test_strides_and_an_expert_twice(triton_device: torch.device) -> None:
     e = on(triton_device, routed(ExpertCase(name="", num_tokens=30, width=24, inner=12)))
     hold_to_the_reference(
@@ -118,9 +117,7 @@ def test_experts_that_do_not_exist_add_nothing(triton_device: torch.device) -> N
 
 def test_refusals(triton_device: torch.device) -> None:
     e = on(triton_device, routed(CASES[0]))
-    sums, choice = (
-        next(i for i in operator.implementations if i.name == "triton") for operator in (EXPERTS, ROUTE)
-    )
+    sums, choice = (next(i for i in operator.implementations if i.name == "triton") for operator in (EXPERTS, ROUTE))
     codes = quantise(e.down_EDF, 4)
     reason = "multiplies weights as they are, not quantised ones"
     assert sums.supports(*e[:4], codes, ALPHA, LIMIT) == reason

@@ -99,13 +99,15 @@ def test_draws_do_not_depend_on_the_batch(device: torch.device) -> None:
     }
     whole = sample(logit_RV, SampleParams(**values))
     for rows in ([0], [3, 1], [2, 1, 3, 0]):
-        part = sample(logit_RV[rows], SampleParams(**{name: [given[r] for r in rows] for name, given in values.items()}))
+        part = sample(
+            logit_RV[rows], SampleParams(**{name: [given[r] for r in rows] for name, given in values.items()})
+        )
         assert all(torch.equal(x, y[rows]) for x, y in zip(part, whole, strict=True))
 
 
 @pytest.mark.parametrize("limits", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}])
 def test_impossible_logits_give_no_token_to_their_request_alone(limits: dict[str, Any], device: torch.device) -> None:
-    """A NaN in a late piece, infinity, and none that is allowed; the operator itself, which does not look on any host."""
+    """A NaN in a late piece, infinity, none that is allowed. The operator is called, as `sample` looks on the CPU."""
     logit_RV = torch.randn(5, 200).to(device)
     logit_RV[1, 150], logit_RV[2, 3], logit_RV[3] = math.nan, math.inf, -math.inf
     args = logit_RV, SampleParams(seed=8, **limits).values(logit_RV), (), ()

@@ -1,10 +1,12 @@
 """Writing a step's keys, values and index keys into the pages of a layer's pool.
 
 `write_pages(k_TGH, v_TGH, index_k_TJ, pool, slot_T)` stores token t at `slot_T[t] = page * 128 + offset` of the pool,
-in place, in the pool's dtype; slots are distinct. Pools of keys and values may be float8_e4m3fn, which keeps numbers
-beyond its largest, 448, as 448 of their sign, and NaN as NaN. On the CPU ValueError names one outside the pool; elsewhere the host
+in place, in the pool's dtype; slots are distinct. On the CPU ValueError names one outside the pool; elsewhere the host
 does not look, and Triton's kernel stores nothing there. `index_k_TJ` and the pool's index part are None in layers
 without a selection. Codes of the index keys, where the pool has them, are brought up to date for the pages written.
+
+Keys and values may be stored as float8_e4m3fn, which keeps what is beyond its largest number, 448, as 448 of that sign,
+and NaN as NaN.
 
 `write_heads(heads, norms, rope, eps, pool, slot_T)` is what a layer of attention does with its projections:
 `turn_heads` (the norm and rotation of `openm3.ops.norm`, for queries and keys, each with its weight), then

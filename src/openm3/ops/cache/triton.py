@@ -241,7 +241,7 @@ def _write_heads(
     WIDTH: tl.constexpr,
     INDEX_WIDTH: tl.constexpr,
 ):
-    """One head of some tokens; what goes through the norm is rounded to its own dtype before it is stored in another."""
+    """One head of some tokens. What went through the norm is rounded to its own dtype, then to that of the pool."""
     b_token, b_page, b_offset, b_taken = _slots(p_slot, num_tokens, num_slots, stride_slot, B, TOKENS)
     part = tl.program_id(1)
     b_there = b_token < num_tokens
@@ -298,7 +298,7 @@ def _slots(p_slot, num_tokens, num_slots, stride_slot, B: tl.constexpr, TOKENS: 
 @triton.jit
 def stored(b_x, DTYPE: tl.constexpr):
     """In the dtype of a pool: with eight bits, numbers beyond 448 become 448; comparisons let NaN through."""
-    if DTYPE == tl.float8e4nv:
+    if DTYPE.is_fp8e4nv():
         b_x = b_x.to(tl.float32)
         b_x = tl.where(b_x > 448.0, 448.0, tl.where(b_x < -448.0, -448.0, b_x))
     return b_x.to(DTYPE)

@@ -53,9 +53,9 @@ class Tiles:
 def choose_tiles(num_pairs: int, num_experts: int, itemsize: int, machine: Machine) -> Tiles:
     """Tiles twice as high as an expert has pairs on average. Not measured yet.
 
-    Up to 160 pairs an expert, reading weights takes longer than multiplying: few pairs get small tiles, of which three
-    fit on a multiprocessor of Hopper with 40 KiB each on their way. From 64 rows on warpgroups multiply; 128 x 256 is the
-    most whose sums fit in registers. Float32 runs on no tensor cores, and larger tiles take the compiler minutes.
+    Up to 160 pairs an expert, reading weights takes longer than multiplying: few pairs get small tiles, of which five
+    fit on a multiprocessor of Hopper with 40 KiB each on their way. From 64 rows on warpgroups multiply; 128 x 256 are
+    the most whose sums fit in registers. Float32 runs on no tensor cores, and larger tiles take the compiler minutes.
     """
     rows = min(128, padded(2 * -(-num_pairs // num_experts), least=16))
     if itemsize == 4:
@@ -106,7 +106,9 @@ def _add_experts(
     num_pairs, device = num_tokens * num_active, x_TD.device
     pair = torch.empty(num_pairs, dtype=torch.int32, device=device)
     start_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    _group_pairs[(num_experts,)](expert_TA, pair, start_E1, num_pairs, CHUNK=min(2048, padded(num_pairs, 256)), num_warps=8)
+    _group_pairs[(num_experts,)](
+        expert_TA, pair, start_E1, num_pairs, CHUNK=min(2048, padded(num_pairs, 256)), num_warps=8
+    )
 
     tiles = choose_tiles(num_pairs, num_experts, dtype.itemsize, machine(device))
     num_tiles = num_pairs // tiles.rows + min(num_experts, num_pairs)
@@ -195,7 +197,9 @@ def supports_experts(
         return "multiplies weights as they are, not quantised ones"
     if reason := refusal(x_TD, weight_TA, gate_up_E2FD, down_EDF):
         return reason
-    if any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 1 << 31 for x in (gate_up_E2FD, down_EDF)):
+    if any(
+        (x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 1 << 31 for x in (gate_up_E2FD, down_EDF)
+    ):
         return "needs the weights of an expert within 2^31 numbers of each other"
     return _too_many(down_EDF.shape[0])
 
@@ -225,9 +229,7 @@ def _swiglu(b_gate, b_up, alpha, limit):
 
 
 @triton.jit
-def _swiglu_rows(
-    p_gate_up, p_out, alpha, limit, stride_row, stride_column, F: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _swiglu_rows(p_gate_up, p_out, alpha, limit, stride_row, stride_column, F: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     b_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     b_inside = b_column < F
@@ -323,7 +325,7 @@ def _gate_up(
     tl.store(b_p_hidden, _swiglu(b_gate, b_up, alpha, limit).to(DTYPE), mask=b_inside)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "first_column", "last_column"])
+@triton.jit(do_not_specialize=["num_tiles"])
 def _down(
     p_hidden,
     p_weight,
@@ -353,23 +355,18 @@ def _down(
     DTYPE: tl.constexpr = p_hidden.dtype.element_ty
     b_row, b_depth = first + tl.arange(0, ROWS), tl.arange(0, DEPTH)[None, :]
     HALF: tl.constexpr = COLUMNS // 2
-    b_column = first_column + i_column * COLUMNS + tl.arange(0, HALF)
+    b_place = i_column * COLUMNS + tl.arange(0, HALF)
+    b_column = first_column + b_place
     b_p_hidden = p_hidden + tl.minimum(b_row, last - 1)[:, None] * F + b_depth
     p_weight += expert.to(tl.int64) * stride_we
     b_p_left = p_weight + tl.minimum(b_column, D - 1)[:, None] * stride_wo + b_depth * stride_wd
     b_p_right = p_weight + tl.minimum(b_column + HALF, D - 1)[:, None] * stride_wo + b_depth * stride_wd
-    b_left, b_right = _products(
-        b_p_hidden, 1, b_p_left, b_p_right, stride_wd, b_depth, F, ROWS, HALF, DEPTH, DTYPE
-    )
+    b_left, b_right = _products(b_p_hidden, 1, b_p_left, b_p_right, stride_wd, b_depth, F, ROWS, HALF, DEPTH, DTYPE)
     # Rows behind the last are the last again, and store the same numbers.
     b_pair = tl.load(p_pair + tl.minimum(b_row, last - 1))
-    b_p_out = p_out + b_pair[:, None] * stride_out + (b_column - first_column)[None, :]
-    if D % COLUMNS == 0:
-        tl.store(b_p_out, b_left)
-        tl.store(b_p_out + HALF, b_right)
-    else:
-        tl.store(b_p_out, b_left, mask=(b_column < last_column)[None, :])
-        tl.store(b_p_out + HALF, b_right, mask=(b_column + HALF < last_column)[None, :])
+    b_p_out = p_out + b_pair[:, None] * stride_out + b_place[None, :]
+    tl.store(b_p_out, b_left, mask=(b_column < last_column)[None, :])
+    tl.store(b_p_out + HALF, b_right, mask=(b_column + HALF < last_column)[None, :])
 
 
 @triton.jit
@@ -406,7 +403,7 @@ def _piece(b_p, depth, stride, b_depth, WIDTH: tl.constexpr, DEPTH: tl.constexpr
     return tl.load(b_p + depth * stride, mask=b_depth < WIDTH - depth, other=0.0)
 
 
-@triton.jit(do_not_specialize=["first_column", "last_column"])
+@triton.jit
 def _add_up(
     p_pair_out,
     p_expert,
@@ -422,7 +419,7 @@ def _add_up(
 ):
     token = tl.program_id(0).to(tl.int64)
     b_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    b_inside = first_column + b_column < last_column
+    b_inside = b_column < last_column - first_column
     b_sum = tl.zeros((COLUMNS,), tl.float32)
     for a in tl.static_range(A):
         expert = tl.load(p_expert + token * A + a)

@@ -4,10 +4,10 @@ The first pass finds the likeliest token and what the log-softmax needs. The sec
 the largest sum; where top-k or top-p limit a request, it collects candidates instead, among which the last program
 searches how far the limits reach, and draws.
 
-A token's distance is (largest - score) / temperature, its rank the distance's bits before its id: the reference's order
-as a number, in which limits keep a beginning. Shares are whole numbers, exp(-distance) in units of 2^-43, whose sums are
-exact in any order. So top-k keeps the reference's tokens; top-p and min-p do but where a share or a sum of shares is
-within the rounding of its float32 from the limit.
+A token's distance is (largest - score) / temperature, its rank the distance's bits before its id: that is the order of
+the reference as a number, and limits keep a beginning of it. Shares are whole numbers, exp(-distance) in units of
+2^-43, whose sums are exact in any order. So top-k keeps the reference's tokens; top-p and min-p do but where a share,
+or a sum of shares, is as near to the limit as float32 rounds it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def supports_sample(
     return None
 
 
-@triton.jit(do_not_specialize=["vocabulary", "pieces"])
+@triton.jit(do_not_specialize=["pieces"])
 def _survey(
     p_score,
     p_logit,
@@ -141,7 +141,7 @@ def _survey(
         tl.store(p_count + r, 0)
 
 
-@triton.jit(do_not_specialize=["vocabulary", "pieces"])
+@triton.jit(do_not_specialize=["pieces"])
 def _walk(
     p_score,
     p_temperature,
@@ -209,7 +209,7 @@ def _walk(
         tl.store(p_token + 2 * r * pieces + pieces + i_piece, tl.min(tl.where(b_drawn == drawn, b_token, NO_TOKEN)))
 
 
-@triton.jit(do_not_specialize=["vocabulary", "pieces"])
+@triton.jit(do_not_specialize=["pieces"])
 def _settle(
     p_logit,
     p_temperature,

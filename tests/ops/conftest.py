@@ -62,8 +62,8 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
-    of bfloat16 as if the integers that hold them were the numbers, and cuts float32 to bfloat16 instead of rounding,
-    and to eight bits likewise.
+    of bfloat16 as if the integers that hold them were the numbers, does the reverse when it makes bfloat16 of integers,
+    and cuts float32 to bfloat16 or eight bits instead of rounding.
     """
     from triton.runtime import interpreter
 
@@ -80,6 +80,8 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
 
     def cast(builder: Any, x: Any, dtype: Any) -> Any:
+        if x.dtype.scalar.is_int() and dtype.scalar == interpreter.tl.bfloat16:
+            x = cast_impl(builder, x, interpreter.tl.float32)
         if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.bfloat16):
             return cast_impl(builder, x, dtype)
         rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")

@@ -11,7 +11,7 @@ from openm3.ops import triton
 from openm3.ops.cases import EXPERTS as CASES
 from openm3.ops.cases import ExpertCase, Routed, routed
 from openm3.ops.experts import EXPERTS, MIXTURE, ROUTE, experts, mixture, reference, route, swiglu
-from openm3.ops.linear import quantise
+from openm3.ops.linear import dequantise, quantise
 
 ALPHA, LIMIT = 1.702, 7.0
 
@@ -25,14 +25,15 @@ def on(device: torch.device, e: Routed) -> Routed:
     return Routed(*(x.to(device) for x in e))
 
 
-def hold_to_the_reference(e: Routed) -> None:
-    """The error against float64 is at most twice the reference's in the same dtype."""
+def hold_to_the_reference(e: Routed) -> Tensor:
+    """What comes out, whose error against float64 is at most twice the reference's in the same dtype."""
     truth_TD = reference.experts(*(x if x.dtype == torch.int32 else x.double() for x in e), ALPHA, LIMIT)
     out_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
     assert out_TD.dtype == e.x_TD.dtype and out_TD.shape == e.x_TD.shape and out_TD.is_contiguous()
     theirs = error(reference.experts(*e, ALPHA, LIMIT), truth_TD)
     size = float(truth_TD.abs().max()) if truth_TD.numel() else 1.0
     assert error(out_TD, truth_TD) <= 2 * theirs + 1e-7 * size
+    return out_TD
 
 
 HALF = [(case, torch.float16) for case in CASES[:1]]
@@ -57,6 +58,22 @@ def test_tokens_and_weights_may_differ_in_dtype(
     hold_to_the_reference(e._replace(x_TD=e.x_TD.to(given)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("groups", "num_tokens"), [((32, 96), 5), ((72, 43), 40)], ids=str)
+def test_experts_take_codes(
+    groups: tuple[int, int], num_tokens: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    """Several scales a row, also not of as many inputs as a power of two; one scale a row, of any width."""
+    width, inner = (64, 192) if groups[0] == 32 else groups
+    e = on(triton_device, routed(ExpertCase(name="", num_tokens=num_tokens, width=width, inner=inner), dtype=dtype))
+    codes = [quantise(x.float() / 8, group) for x, group in zip(e[3:], groups, strict=True)]
+    wide = [dequantise(code).double() for code in codes]
+    truth_TD = reference.experts(e.x_TD.double(), e.expert_TA, e.weight_TA.double(), *wide, ALPHA, LIMIT)
+    out_TD = experts(*e[:3], *codes, alpha=ALPHA, limit=LIMIT)
+    theirs = error(reference.experts(*e[:3], *codes, ALPHA, LIMIT), truth_TD)
+    assert error(out_TD, truth_TD) <= 2 * theirs + 1e-7 * float(truth_TD.abs().max())
+
+
 def test_large_tiles_wide_layers_and_workspaces_in_pieces(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,22 +82,20 @@ def test_large_tiles_wide_layers_and_workspaces_in_pieces(
 
     e = routed(ExpertCase(name="", num_tokens=130, num_experts=3, width=330, inner=140), dtype=torch.bfloat16)
     e = on(triton_device, e._replace(expert_TA=e.expert_TA.clone().clamp(max=1)))
-    whole_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
-    hold_to_the_reference(e)
+    whole_TD = hold_to_the_reference(e)
     monkeypatch.setattr(kernels, "WORKSPACE", 100 * 2 * 140 * 2)
-    part_TD = experts(*e, alpha=ALPHA, limit=LIMIT)
-    hold_to_the_reference(e)
+    part_TD = hold_to_the_reference(e)
     torch.testing.assert_close(part_TD, whole_TD, rtol=2**-7, atol=0.02 * float(whole_TD.abs().max()))
 
 
 def test_tiles_follow_the_average_expert() -> None:
     from openm3.ops.experts.triton import choose_tiles
 
-    decoding, middle, prompt = (choose_tiles(4 * tokens, 128, 2, triton.HOPPER) for tokens in (64, 1024, 8192))
+    decoding, middle, prompt = (choose_tiles(4 * tokens, 128, 2, False, triton.HOPPER) for tokens in (64, 1024, 8192))
     assert (decoding.rows, decoding.columns, middle.rows, prompt.rows, prompt.columns) == (16, 64, 64, 128, 256)
     assert prompt.num_stages * (128 + 256) * 64 * 2 <= triton.HOPPER.shared_bytes
-    assert choose_tiles(4 * 8192, 128, 2, triton.HOPPER._replace(shared_bytes=99 << 10)).num_stages == 1
-    assert choose_tiles(4 * 8192, 128, 4, triton.HOPPER).rows == 32
+    assert choose_tiles(4 * 8192, 128, 2, False, triton.HOPPER._replace(shared_bytes=99 << 10)).num_stages == 1
+    assert choose_tiles(4 * 8192, 128, 4, False, triton.HOPPER).rows == 32
 
 
 def test_strides_and_an_expert_twice(triton_device: torch.device) -> None:
@@ -119,8 +134,7 @@ def test_refusals(triton_device: torch.device) -> None:
     e = on(triton_device, routed(CASES[0]))
     sums, choice = (next(i for i in operator.implementations if i.name == "triton") for operator in (EXPERTS, ROUTE))
     codes = quantise(e.down_EDF, 4)
-    reason = "multiplies weights as they are, not quantised ones"
-    assert sums.supports(*e[:4], codes, ALPHA, LIMIT) == reason
+    assert sums.supports(*e[:4], codes, ALPHA, LIMIT) == "needs multiples of 32 inputs a scale, not 4"
     many_ED = torch.zeros(1025, 16, device=triton_device)
     assert choice.supports(e.x_TD, many_ED, many_ED[:, 0], 2) == "takes up to 1024 experts, not 1025"
     half_ED = many_ED[:4].half()

@@ -31,6 +31,9 @@ MOST_EXPERTS = 1024
 ROUTE_DEPTH = 512
 """Inputs that a program of the router adds up, whatever the tokens: equal tokens are routed equally in every batch."""
 
+LEAST_INPUTS = 32
+"""Codes are multiplied as they are, and then by their scale: a product adds up no fewer inputs."""
+
 HIDDEN = tl.constexpr(-(1 << 63))
 """Below the rank of any expert."""
 
@@ -50,19 +53,20 @@ class Tiles:
     num_stages: int
 
 
-def choose_tiles(num_pairs: int, num_experts: int, itemsize: int, machine: Machine) -> Tiles:
+def choose_tiles(num_pairs: int, num_experts: int, itemsize: int, codes: bool, machine: Machine) -> Tiles:
     """Tiles twice as high as an expert has pairs on average. Not measured yet.
 
     Up to 160 pairs an expert, reading weights takes longer than multiplying: few pairs get small tiles, of which five
     fit on a multiprocessor of Hopper with 40 KiB each on their way. From 64 rows on warpgroups multiply; 128 x 256 are
-    the most whose sums fit in registers. Float32 runs on no tensor cores, and larger tiles take the compiler minutes.
+    the most whose sums fit in registers. Products with codes need room for those of one scale beside all of them, and
+    come in smaller steps. Float32 runs on no tensor cores, and larger tiles take the compiler minutes.
     """
     rows = min(128, padded(2 * -(-num_pairs // num_experts), least=16))
     if itemsize == 4:
         return Tiles(min(rows, 32), 32, 32, 8, 4, 2)
     if rows < 64:
-        return Tiles(rows, 64, 128, 8, 4, 3)
-    columns = 2 * rows
+        return Tiles(rows, 64, 128, 8, 4, 6 if codes else 3)
+    columns = rows if codes else 2 * rows
     stages = (machine.shared_bytes - (8 << 10)) // ((rows + columns) * 64 * itemsize)
     return Tiles(rows, columns, 64, 8, rows // 16, min(max(stages, 1), 4))
 
@@ -71,8 +75,8 @@ def experts(
     x_TD: Tensor,
     expert_TA: Tensor,
     weight_TA: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
+    gate_up_E2FD: Weight,
+    down_EDF: Weight,
     alpha: float,
     limit: float,
 ) -> Tensor:
@@ -80,7 +84,8 @@ def experts(
     if x_TD.numel() == 0 or num_active * inner == 0:
         return torch.zeros_like(x_TD, memory_format=torch.contiguous_format)
     out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-    dtype = reduce(torch.promote_types, (weight.dtype for weight in (x_TD, gate_up_E2FD, down_EDF)))
+    floats = [x for x in (x_TD, gate_up_E2FD, down_EDF) if isinstance(x, Tensor)]
+    dtype = reduce(torch.promote_types, (x.dtype for x in floats))
     step = max(1, WORKSPACE // (num_active * max(inner * dtype.itemsize, 1024)))
     for first in range(0, num_tokens, step):
         part = slice(first, first + step)
@@ -95,8 +100,8 @@ def _add_experts(
     x_TD: Tensor,
     expert_TA: Tensor,
     weight_TA: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
+    gate_up_E2FD: Weight,
+    down_EDF: Weight,
     alpha: float,
     limit: float,
     dtype: torch.dtype,
@@ -110,24 +115,28 @@ def _add_experts(
         expert_TA, pair, start_E1, num_pairs, CHUNK=min(2048, padded(num_pairs, 256)), num_warps=8
     )
 
-    tiles = choose_tiles(num_pairs, num_experts, dtype.itemsize, machine(device))
+    codes = any(isinstance(weight, QuantisedWeight) for weight in (gate_up_E2FD, down_EDF))
+    tiles = choose_tiles(num_pairs, num_experts, dtype.itemsize, codes, machine(device))
     num_tiles = num_pairs // tiles.rows + min(num_experts, num_pairs)
     shape = {"A": num_active, "D": width, "F": inner, "E": num_experts, "EXPERTS": padded(num_experts)}
-    shape |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": tiles.group}
+    shape |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "GROUP": tiles.group}
     shape |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     hidden = torch.empty((num_pairs, inner), dtype=dtype, device=device)
     _gate_up[(num_tiles * triton.cdiv(2 * inner, tiles.columns),)](
-        *(x_TD, gate_up_E2FD, pair, start_E1, hidden, alpha, limit, num_tiles),
-        *(*x_TD.stride(), *gate_up_E2FD.stride()),
+        *(x_TD, *_parts(gate_up_E2FD), pair, start_E1, hidden, alpha, limit, num_tiles),
+        *(stride for x in (x_TD, *_parts(gate_up_E2FD)) for stride in x.stride()),
         **shape,
+        **_steps(gate_up_E2FD, tiles.depth),
     )
     step = min(width, max(tiles.columns, WORKSPACE // (num_pairs * 4) // tiles.columns * tiles.columns))
     out = torch.empty((num_pairs, step), dtype=torch.float32, device=device)
     for first in range(0, width, step):
         last = min(first + step, width)
         _down[(num_tiles * triton.cdiv(last - first, tiles.columns),)](
-            *(hidden, down_EDF, pair, start_E1, out, num_tiles, first, last, step, *down_EDF.stride()),
+            *(hidden, *_parts(down_EDF), pair, start_E1, out, num_tiles, first, last, step),
+            *(stride for x in _parts(down_EDF) for stride in x.stride()),
             **shape,
+            **_steps(down_EDF, tiles.depth),
         )
         columns = min(1024, padded(last - first))
         _add_up[(num_tokens, triton.cdiv(last - first, columns))](
@@ -193,13 +202,13 @@ def supports_experts(
     alpha: float,
     limit: float,
 ) -> str | None:
-    if isinstance(gate_up_E2FD, QuantisedWeight) or isinstance(down_EDF, QuantisedWeight):
-        return "multiplies weights as they are, not quantised ones"
-    if reason := refusal(x_TD, weight_TA, gate_up_E2FD, down_EDF):
+    weights = gate_up_E2FD, down_EDF
+    if reason := refusal(x_TD, weight_TA, *[_parts(weight)[1] for weight in weights]):
         return reason
-    if any(
-        (x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 1 << 31 for x in (gate_up_E2FD, down_EDF)
-    ):
+    if bad := next((n for n in map(_inputs, weights) if n % LEAST_INPUTS), None):
+        return f"needs multiples of {LEAST_INPUTS} inputs a scale, not {bad}"
+    stored = [_parts(weight)[0] for weight in weights]
+    if any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 1 << 31 for x in stored):
         return "needs the weights of an expert within 2^31 numbers of each other"
     return _too_many(down_EDF.shape[0])
 
@@ -214,6 +223,25 @@ def supports_route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_active: 
 
 def supports_swiglu(gate_up: Tensor, alpha: float, limit: float) -> str | None:
     return refusal(gate_up)
+
+
+def _parts(weight: Weight) -> tuple[Tensor, Tensor]:
+    """Codes and their scales; of a weight without, twice the weight."""
+    return (weight.code, weight.scale) if isinstance(weight, QuantisedWeight) else (weight, weight)
+
+
+def _inputs(weight: Weight) -> int:
+    """How many inputs share a scale, 0 without scales. One scale a row holds for any number of them."""
+    if not isinstance(weight, QuantisedWeight):
+        return 0
+    groups = weight.scale.shape[-1]
+    return weight.shape[-1] // groups if groups > 1 else padded(weight.shape[-1], least=LEAST_INPUTS)
+
+
+def _steps(weight: Weight, depth: int) -> dict[str, int]:
+    """Inputs a scale, and as many inputs at a time as a tile has, or as the power of two that divides these."""
+    inputs = _inputs(weight)
+    return {"INPUTS": inputs, "DEPTH": min(depth, inputs & -inputs or depth)}
 
 
 def _too_many(num_experts: int) -> str | None:
@@ -283,6 +311,7 @@ def _place(p_start, num_tiles, E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.
 def _gate_up(
     p_x,
     p_weight,
+    p_scale,
     p_pair,
     p_start,
     p_hidden,
@@ -294,6 +323,9 @@ def _gate_up(
     stride_we,
     stride_wo,
     stride_wd,
+    stride_se,
+    stride_so,
+    stride_sg,
     A: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -301,8 +333,9 @@ def _gate_up(
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    INPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """Half of the columns are of the gate, half are the same ones of up."""
     expert, first, last, i_column = _place(p_start, num_tiles, E, EXPERTS, ROWS, GROUP)
@@ -314,11 +347,13 @@ def _gate_up(
     # What stands behind the last row or column is some other one, and is not stored.
     b_token = tl.load(p_pair + tl.minimum(b_row, last - 1)) // A
     b_p_x = p_x + b_token.to(tl.int64)[:, None] * stride_xt + b_depth * stride_xd
-    p_weight += expert.to(tl.int64) * stride_we
-    b_p_gate = p_weight + tl.minimum(b_column, F - 1)[:, None] * stride_wo + b_depth * stride_wd
-    b_p_up = b_p_gate + F * stride_wo
+    b_output = tl.minimum(b_column, F - 1)
+    b_p_gate = p_weight + expert.to(tl.int64) * stride_we + b_output[:, None] * stride_wo + b_depth * stride_wd
+    b_p_scale = p_scale + expert.to(tl.int64) * stride_se + b_output * stride_so
     b_gate, b_up = _products(
-        b_p_x, stride_xd, b_p_gate, b_p_up, stride_wd, b_depth, D, ROWS, COLUMNS // 2, DEPTH, DTYPE
+        *(b_p_x, stride_xd, b_p_gate, b_p_gate + F * stride_wo, stride_wd),
+        *(b_p_scale, b_p_scale + F * stride_so, stride_sg),
+        *(b_depth, D, ROWS, COLUMNS // 2, DEPTH, INPUTS, DTYPE),
     )
     b_p_hidden = p_hidden + b_row[:, None] * F + b_column[None, :]
     b_inside = (b_row < last)[:, None] & (b_column < F)[None, :]
@@ -329,6 +364,7 @@ def _gate_up(
 def _down(
     p_hidden,
     p_weight,
+    p_scale,
     p_pair,
     p_start,
     p_out,
@@ -339,6 +375,9 @@ def _down(
     stride_we,
     stride_wo,
     stride_wd,
+    stride_se,
+    stride_so,
+    stride_sg,
     A: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -346,8 +385,9 @@ def _down(
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    INPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     expert, first, last, i_column = _place(p_start, num_tiles, E, EXPERTS, ROWS, GROUP)
     if first == last:
@@ -358,10 +398,14 @@ def _down(
     b_place = i_column * COLUMNS + tl.arange(0, HALF)
     b_column = first_column + b_place
     b_p_hidden = p_hidden + tl.minimum(b_row, last - 1)[:, None] * F + b_depth
-    p_weight += expert.to(tl.int64) * stride_we
-    b_p_left = p_weight + tl.minimum(b_column, D - 1)[:, None] * stride_wo + b_depth * stride_wd
-    b_p_right = p_weight + tl.minimum(b_column + HALF, D - 1)[:, None] * stride_wo + b_depth * stride_wd
-    b_left, b_right = _products(b_p_hidden, 1, b_p_left, b_p_right, stride_wd, b_depth, F, ROWS, HALF, DEPTH, DTYPE)
+    b_output, b_other = tl.minimum(b_column, D - 1), tl.minimum(b_column + HALF, D - 1)
+    b_p_weight = p_weight + expert.to(tl.int64) * stride_we + b_depth * stride_wd
+    p_scale += expert.to(tl.int64) * stride_se
+    b_left, b_right = _products(
+        *(b_p_hidden, 1, b_p_weight + b_output[:, None] * stride_wo, b_p_weight + b_other[:, None] * stride_wo),
+        *(stride_wd, p_scale + b_output * stride_so, p_scale + b_other * stride_so, stride_sg),
+        *(b_depth, F, ROWS, HALF, DEPTH, INPUTS, DTYPE),
+    )
     # Rows behind the last are the last again, and store the same numbers.
     b_pair = tl.load(p_pair + tl.minimum(b_row, last - 1))
     b_p_out = p_out + b_pair[:, None] * stride_out + b_place[None, :]
@@ -376,23 +420,35 @@ def _products(
     b_p_left,
     b_p_right,
     stride_weight,
+    b_p_left_scale,
+    b_p_right_scale,
+    stride_scale,
     b_depth,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    INPUTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The same rows times two parts of a weight: two sums of half the width leave the compiler more room than one."""
+    """The same rows times two parts of a weight, where INPUTS numbers share a scale, if not 0."""
     b_left = tl.zeros((ROWS, COLUMNS), tl.float32)
     b_right = tl.zeros((ROWS, COLUMNS), tl.float32)
     for depth in range(0, WIDTH, DEPTH):
         b_x = _piece(b_p_x, depth, stride_x, b_depth, WIDTH, DEPTH).to(DTYPE)
         b_weight = _piece(b_p_left, depth, stride_weight, b_depth, WIDTH, DEPTH).to(DTYPE)
-        b_left = tl.dot(b_x, tl.trans(b_weight), b_left, input_precision="ieee")
+        b_left = _added(b_left, b_x, b_weight, b_p_left_scale, stride_scale, depth, INPUTS)
         b_weight = _piece(b_p_right, depth, stride_weight, b_depth, WIDTH, DEPTH).to(DTYPE)
-        b_right = tl.dot(b_x, tl.trans(b_weight), b_right, input_precision="ieee")
+        b_right = _added(b_right, b_x, b_weight, b_p_right_scale, stride_scale, depth, INPUTS)
     return b_left, b_right
+
+
+@triton.jit
+def _added(b_sum, b_x, b_weight, b_p_scale, stride_scale, depth, INPUTS: tl.constexpr):
+    if INPUTS == 0:
+        return tl.dot(b_x, tl.trans(b_weight), b_sum, input_precision="ieee")
+    b_scale = tl.load(b_p_scale + depth // INPUTS * stride_scale)[None, :]
+    return b_sum + tl.dot(b_x, tl.trans(b_weight), input_precision="ieee") * b_scale
 
 
 @triton.jit

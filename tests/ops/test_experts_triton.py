@@ -161,8 +161,12 @@ def test_routes_are_the_reference(
         torch.testing.assert_close(got_TA, weight_TA, rtol=2e-6, atol=1e-7, equal_nan=True)
 
 
-def test_routes_of_wide_tokens_are_precise_and_the_same_in_every_batch(triton_device: torch.device) -> None:
-    """Several splits, the last not whole; float32 products to the last bits; tiles of both sizes."""
+def test_routes_of_wide_tokens_are_precise_and_the_same_in_every_batch(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several splits, the last not whole; float32 to the last bits; tiles of both sizes; 40 tokens at a time."""
+    from openm3.ops.experts import triton as kernels
+
     x_TD, router_ED = torch.randn(70, 1100).to(triton_device), torch.randn(9, 1100).to(triton_device) / 33
     bias_E = torch.zeros(9, device=triton_device)
     expert_TA, weight_TA = route(x_TD, router_ED, bias_E, 3)
@@ -171,6 +175,9 @@ def test_routes_of_wide_tokens_are_precise_and_the_same_in_every_batch(triton_de
     torch.testing.assert_close(weight_TA.double(), exact_weight_TA, rtol=3e-6, atol=0)
     alone = route(x_TD[5:6], router_ED, bias_E, 3)
     assert torch.equal(alone[0][0], expert_TA[5]) and torch.equal(alone[1][0], weight_TA[5])
+    monkeypatch.setattr(kernels, "WORKSPACE", 3 * 9 * 4 * 40)
+    pieces = route(x_TD, router_ED, bias_E, 3)
+    assert torch.equal(pieces[0], expert_TA) and torch.equal(pieces[1], weight_TA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -23,7 +23,8 @@ from openm3.ops.linear.quantised import QuantisedWeight, Weight
 from openm3.ops.triton import Machine, machine, padded, refusal
 
 WORKSPACE = 1 << 28
-"""Bytes of activations, and of outputs of pairs, held at a time: 10,922 tokens of M3 in bfloat16 are not yet cut."""
+"""Bytes of activations, outputs of pairs or parts of the router's sums held at a time: up to 10,922 tokens of M3 in
+bfloat16 go through an expert together."""
 
 MOST_EXPERTS = 1024
 """As many as one program chooses from."""
@@ -150,15 +151,22 @@ def _add_experts(
 
 
 def route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
-    (num_tokens, width), num_experts, device = x_TD.shape, router_ED.shape[0], x_TD.device
-    expert_TA = torch.empty((num_tokens, num_active), dtype=torch.int32, device=device)
-    weight_TA = torch.empty((num_tokens, num_active), dtype=torch.float32, device=device)
-    if num_tokens == 0:
-        return expert_TA, weight_TA
+    (num_tokens, width), num_experts = x_TD.shape, router_ED.shape[0]
+    expert_TA = torch.empty((num_tokens, num_active), dtype=torch.int32, device=x_TD.device)
+    weight_TA = torch.empty((num_tokens, num_active), dtype=torch.float32, device=x_TD.device)
+    step = max(1, WORKSPACE // (triton.cdiv(width, ROUTE_DEPTH) * num_experts * 4))
+    for first in range(0, num_tokens, step):
+        part = slice(first, first + step)
+        _route_part(x_TD[part], router_ED, bias_E, expert_TA[part], weight_TA[part])
+    return expert_TA, weight_TA
+
+
+def _route_part(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, expert_TA: Tensor, weight_TA: Tensor) -> None:
+    (num_tokens, width), num_experts, num_active = x_TD.shape, router_ED.shape[0], expert_TA.shape[1]
     splits = triton.cdiv(width, ROUTE_DEPTH)
+    part_STE = torch.empty((splits, num_tokens, num_experts), dtype=torch.float32, device=x_TD.device)
     # Few tokens leave it to many programs to read the router; many tokens read it less often in larger tiles.
     rows, columns = (16, 16) if num_tokens <= 64 else (64, min(64, padded(num_experts, 16)))
-    part_STE = torch.empty((splits, num_tokens, num_experts), dtype=torch.float32, device=device)
     _route_products[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, columns), splits)](
         *(x_TD, router_ED, part_STE, num_tokens, *x_TD.stride(), *router_ED.stride()),
         D=width,
@@ -179,7 +187,6 @@ def route(x_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_active: int) -> t
         ACTIVE=padded(num_active),
         num_warps=4,
     )
-    return expert_TA, weight_TA
 
 
 def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
@@ -406,11 +413,11 @@ def _down(
         *(stride_wd, p_scale + b_output * stride_so, p_scale + b_other * stride_so, stride_sg),
         *(b_depth, F, ROWS, HALF, DEPTH, INPUTS, DTYPE),
     )
-    # Rows behind the last are the last again, and store the same numbers.
     b_pair = tl.load(p_pair + tl.minimum(b_row, last - 1))
     b_p_out = p_out + b_pair[:, None] * stride_out + b_place[None, :]
-    tl.store(b_p_out, b_left, mask=(b_column < last_column)[None, :])
-    tl.store(b_p_out + HALF, b_right, mask=(b_column + HALF < last_column)[None, :])
+    b_inside = (b_row < last)[:, None]
+    tl.store(b_p_out, b_left, mask=b_inside & (b_column < last_column)[None, :])
+    tl.store(b_p_out + HALF, b_right, mask=b_inside & (b_column + HALF < last_column)[None, :])
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def sample(
     settings = [values[name].contiguous() for name in ("temperature", "top_k", "top_p", "min_p", "seed", "step")]
     sizes = {"vocabulary": vocabulary, "pieces": pieces, "PIECES": padded(pieces), "num_warps": 8}
     _survey[(pieces, requests)](
-        *(score_RV, logit_RV, *settings[:3], real, token, count_R, *score_RV.stride(), *logit_RV.stride()),
+        *(score_RV, logit_RV, settings[0], settings[2], real, token, count_R, *score_RV.stride(), *logit_RV.stride()),
         **sizes,
         PENALISED=score_RV is not logit_RV,
         PIECE=piece,
@@ -100,7 +100,6 @@ def _survey(
     p_score,
     p_logit,
     p_temperature,
-    p_top_k,
     p_top_p,
     p_real,
     p_token,

@@ -94,7 +94,8 @@ def test_tiles_follow_the_average_expert() -> None:
     decoding, middle, prompt = (choose_tiles(4 * tokens, 128, 2, False, triton.HOPPER) for tokens in (64, 1024, 8192))
     assert (decoding.rows, decoding.columns, middle.rows, prompt.rows, prompt.columns) == (16, 64, 64, 128, 256)
     assert prompt.num_stages * (128 + 256) * 64 * 2 <= triton.HOPPER.shared_bytes
-    assert choose_tiles(4 * 8192, 128, 2, False, triton.HOPPER._replace(shared_bytes=99 << 10)).num_stages == 1
+    small = choose_tiles(4 * 8192, 128, 2, False, triton.HOPPER._replace(shared_bytes=99 << 10))
+    assert (small.rows, small.columns, small.num_stages) == (128, 128, 2)
     assert choose_tiles(4 * 8192, 128, 4, False, triton.HOPPER).rows == 32
 
 
@@ -207,3 +208,22 @@ def test_a_mixture_is_its_parts(triton_device: torch.device) -> None:
         wanted_TD = MIXTURE(*args)
     got_TD = mixture(*args[:5], scale=2.0, alpha=ALPHA, limit=LIMIT)
     torch.testing.assert_close(got_TD, wanted_TD, rtol=0, atol=2e-6 * float(wanted_TD.abs().max()))
+
+
+def test_a_captured_mixture_follows_its_tokens(triton_device: torch.device) -> None:
+    if triton_device.type != "cuda":
+        pytest.skip("needs a GPU")
+    e = on(triton_device, routed(CASES[3], dtype=torch.bfloat16))
+    router_ED, bias_E = torch.randn(8, 16, device=triton_device), torch.zeros(8, device=triton_device)
+
+    def step() -> Tensor:
+        return experts(e.x_TD, *route(e.x_TD, router_ED, bias_E, 2), *e[3:], alpha=ALPHA, limit=LIMIT)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = step()
+    for _ in range(2):
+        e.x_TD.normal_()
+        graph.replay()
+        assert torch.equal(out_TD, step())

@@ -124,12 +124,18 @@ def test_no_requests(device: torch.device) -> None:
     assert id_R.shape == logprob_R.shape == (0,)
 
 
-def test_a_captured_step_follows_its_logits(device: torch.device) -> None:
+def test_nothing_waits_and_a_captured_step_follows_its_logits(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("needs a GPU")
     logit_RV = torch.randn(3, 5000, device=device)
-    values = SampleParams(temperature=[0.0, 1.0, 1.0], top_k=[0, 0, 7], seed=3).values(logit_RV)
-    SAMPLE(logit_RV, values, (), ())
+    params = SampleParams(temperature=[0.0, 1.0, 1.0], top_k=[0, 0, 7], seed=3)
+    sample(logit_RV, params)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(logit_RV, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    values = params.values(logit_RV)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         id_R, _ = SAMPLE(logit_RV, values, (), ())

@@ -67,7 +67,8 @@ def choose_tiles(num_pairs: int, num_experts: int, itemsize: int, codes: bool, m
         return Tiles(min(rows, 32), 32, 32, 8, 4, 2)
     if rows < 64:
         return Tiles(rows, 64, 128, 8, 4, 6 if codes else 3)
-    columns = rows if codes else 2 * rows
+    # GPUs of less shared memory have no products of warpgroups, and spill such sums.
+    columns = rows if codes or machine.shared_bytes < 200 << 10 else 2 * rows
     stages = (machine.shared_bytes - (8 << 10)) // ((rows + columns) * 64 * itemsize)
     return Tiles(rows, columns, 64, 8, rows // 16, min(max(stages, 1), 4))
 

@@ -59,6 +59,7 @@ def sample(
     pieces = triton.cdiv(vocabulary, piece)
     real = torch.empty((requests, 4, pieces), dtype=torch.float32, device=device)
     noisy = torch.empty((requests, pieces), dtype=torch.float64, device=device)
+    # Limits may keep every token: candidates have room for all, twice that of float32 logits.
     share, rank = (torch.empty((requests, n), dtype=torch.int64, device=device) for n in (pieces, vocabulary))
     token = torch.empty((requests, 2, pieces), dtype=torch.int32, device=device)
     count_R = torch.empty(requests, dtype=torch.int32, device=device)

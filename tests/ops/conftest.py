@@ -59,10 +59,11 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three faults of Triton 3.6's interpreter.
+    """Four faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
-    of bfloat16 as if the integers that hold them were the numbers, and cuts float32 to bfloat16 instead of rounding.
+    of bfloat16 as if the integers that hold them were the numbers, cuts float32 to bfloat16 instead of rounding, and
+    takes the NaN of float8_e4m3fn for 480.
     """
     from triton.runtime import interpreter
 
@@ -84,8 +85,17 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
         return interpreter.TensorHandle(rounded, dtype.scalar)
 
+    def fp_to_fp(builder: Any, x: Any, dtype: Any, rounding: Any) -> Any:
+        if x.dtype.scalar != interpreter.tl.float8e4nv:
+            return create_fp_to_fp(builder, x, dtype, rounding)
+        wide = torch.from_numpy(x.data).view(torch.float8_e4m3fn).float().numpy()
+        handle = interpreter.TensorHandle(wide, interpreter.tl.float32)
+        return handle if dtype.scalar == handle.dtype else cast(builder, handle, dtype)
+
     cast_impl = interpreter.InterpreterBuilder.cast_impl
+    create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
     patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", fp_to_fp)

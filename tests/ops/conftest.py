@@ -59,11 +59,11 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four faults of Triton 3.6's interpreter.
+    """Five faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
-    of bfloat16 as if the integers that hold them were the numbers, cuts float32 to bfloat16 instead of rounding, and
-    takes the NaN of float8_e4m3fn for 480.
+    of bfloat16 as if the integers that hold them were the numbers, does the reverse when it makes bfloat16 of integers,
+    cuts float32 to bfloat16 or eight bits instead of rounding, and takes the NaN of eight bits for 480.
     """
     from triton.runtime import interpreter
 
@@ -80,17 +80,22 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
 
     def cast(builder: Any, x: Any, dtype: Any) -> Any:
+        if x.dtype.scalar.is_int() and dtype.scalar == interpreter.tl.bfloat16:
+            x = cast_impl(builder, x, interpreter.tl.float32)
         if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.bfloat16):
             return cast_impl(builder, x, dtype)
         rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
         return interpreter.TensorHandle(rounded, dtype.scalar)
 
     def fp_to_fp(builder: Any, x: Any, dtype: Any, rounding: Any) -> Any:
-        if x.dtype.scalar != interpreter.tl.float8e4nv:
-            return create_fp_to_fp(builder, x, dtype, rounding)
-        wide = torch.from_numpy(x.data).view(torch.float8_e4m3fn).float().numpy()
-        handle = interpreter.TensorHandle(wide, interpreter.tl.float32)
-        return handle if dtype.scalar == handle.dtype else cast(builder, handle, dtype)
+        eight, wide = interpreter.tl.float8e4nv, interpreter.tl.float32
+        if (x.dtype.scalar, dtype.scalar) == (wide, eight):
+            rounded = torch.from_numpy(x.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+            return interpreter.TensorHandle(rounded, eight)
+        if x.dtype.scalar == eight:
+            x = interpreter.TensorHandle(torch.from_numpy(x.data).view(torch.float8_e4m3fn).float().numpy(), wide)
+            return x if dtype.scalar == wide else cast(builder, x, dtype)
+        return create_fp_to_fp(builder, x, dtype, rounding)
 
     cast_impl = interpreter.InterpreterBuilder.cast_impl
     create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp

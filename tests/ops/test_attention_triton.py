@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openm3.ops.attention import dense_attention, reference, sparse_attention, sparse_attention_lse
-from openm3.ops.cases import PACKED, Packed, PackedCase, packed
+from openm3.ops.cases import MILLION, PACKED, Packed, PackedCase, packed
 from openm3.ops.triton import HOPPER
 
 triton = pytest.importorskip("openm3.ops.attention.triton", exc_type=ModuleNotFoundError)
@@ -101,7 +101,7 @@ def test_error_is_at_most_twice_that_of_the_reference(
         assert_right_dense(p)
 
 
-@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*PACKED, MILLION), ids=lambda case: case.name)
 def test_every_case(case: PackedCase, device: torch.device) -> None:
     p = on(device, case, torch.bfloat16 if len(case.name) % 2 else torch.float32)
     assert_right(p)

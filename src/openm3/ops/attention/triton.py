@@ -246,11 +246,10 @@ def _attend(
     # As many requests as tokens have one each, unless some are empty; one request is long, or padded to be so.
     short = num_tokens <= max(FEW_TOKENS, num_requests)
     few = num_tokens if short else FEW_TOKENS if num_requests > 1 else 0
-    with torch.cuda.device_of(q_TNH):
-        if not short:
-            _launch_long(call, few)
-        if few:
-            _launch_short(call, few)
+    if not short:
+        _launch_long(call, few)
+    if few:
+        _launch_short(call, few)
     return out_TNH
 
 

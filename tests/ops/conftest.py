@@ -59,10 +59,11 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three faults of Triton 3.6's interpreter.
+    """Four faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
-    of bfloat16 as if the integers that hold them were the numbers, and cuts float32 to bfloat16 instead of rounding.
+    of bfloat16 as if the integers that hold them were the numbers, takes long for matrices of integers, and cuts float32
+    to bfloat16 instead of rounding.
     """
     from triton.runtime import interpreter
 
@@ -70,8 +71,11 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(builder, widened(a), widened(b), *rest)
+    def dot(builder: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == interpreter.tl.int8:
+            product = (a.data.astype("float64") @ b.data.astype("float64")).astype("int32")
+            return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+        return create_dot(builder, widened(a), widened(b), c, *rest)
 
     def widened(x: Any) -> Any:
         if x.dtype.scalar != interpreter.tl.bfloat16:

@@ -263,6 +263,7 @@ def _add_agree(commands: Commands) -> None:
         "dir", metavar="DIR", help="folder with manifest.json and a safetensors file a case, or its parent"
     )
     parser.add_argument("--model", metavar="PATH", help="checkpoint to compare (default: the one recorded beside DIR)")
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="where the model runs: cpu (default), or cuda")
     _add_json(parser)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import openm3
 from openm3 import cli
 from openm3.config import ModelConfig
-from openm3.errors import CheckpointError, PromptError
+from openm3.errors import CheckpointError, ConfigError, PromptError
 from openm3.model import checkpoint
 from openm3.model.batch import Batch
 from openm3.model.model import Model, load
@@ -236,9 +236,16 @@ def test_tokenizer_of_a_larger_vocabulary(folder: Path) -> None:
         load(folder)
 
 
-def test_other_devices_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="device must be 'cpu' in this version, not 'cuda'"):
-        load(GOLDEN / "model", device="cuda")
+@pytest.mark.parametrize("name", ["mps", "gpu", "cuda:x", ""])
+def test_other_devices_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device must be 'cpu', 'cuda' or 'cuda:N', not '{name}'"):
+        load(GOLDEN / "model", device=name)
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="there is no device 'cuda:2': PyTorch sees 2 CUDA GPUs"):
+        load(GOLDEN / "model", device="cuda:2")
 
 
 MEMORY = """

@@ -56,7 +56,7 @@ class Agreement:
 def run(args: argparse.Namespace) -> int:
     """`openm3 agree`: print a line a case; 0 if all agree, 1 if not."""
     recording = find_recording(Path(args.dir))
-    model = load(args.model or recording.parent / "model")
+    model = load(args.model or recording.parent / "model", device=args.device)
     cases = list(compare(model, recording))
     ok = all(case.ok for case in cases)
     if args.json:
@@ -174,7 +174,7 @@ def _compare_row(model: Model, row: Mapping[str, Tensor], name: str) -> Agreemen
     if recorded.shape[1] != model.config.vocab_size:
         vocab = model.config.vocab_size
         raise CheckpointError(f"case {name} records {recorded.shape[1]} logits a token, the model has {vocab}")
-    logit_TV = model.logits(ids)
+    logit_TV = model.logits(ids).cpu()
     difference = logit_TV[len(ids) - recorded.shape[0] :] - recorded
     # NaN and infinity count as the largest error there is, which JSON can still hold.
     largest = torch.finfo(torch.float32).max

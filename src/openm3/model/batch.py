@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class Batch:
             start_R1=torch.tensor([0, ids_T.shape[0]], dtype=torch.int32),
             length_R=torch.tensor([start + ids_T.shape[0]], dtype=torch.int32),
         )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     @property
     def num_pages(self) -> int:

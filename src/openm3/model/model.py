@@ -44,6 +44,11 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and what is computed with them."""
+        return self.network.embed.weight.device
+
     def check_ids(self, ids: Sequence[int], room: int = 0) -> list[int]:
         """The ids as a list. Raises PromptError if empty, out of range, or too long for the model with `room` more."""
         ids = [int(i) for i in ids]
@@ -60,13 +65,13 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], media: None = None) -> Tensor:
-        """Next-token logits after every token, [T, V] float32, in one pass without a cache.
+        """Next-token logits after every token, [T, V] float32, where the model is, in one pass without a cache.
 
         Raises PromptError for ids that cannot be run. `media` is reserved for images and video, not implemented yet.
         """
         if media is not None:
             raise PromptError("this version reads text only: media must be None")
-        batch = Batch.whole([torch.tensor(self.check_ids(ids))])
+        batch = Batch.whole([torch.tensor(self.check_ids(ids))]).to(self.device)
         logit_TV: Tensor = self.network(batch).float()
         return logit_TV
 
@@ -100,9 +105,9 @@ class Model:
 
         def observer(layer: int, heads: Heads, batch: Batch) -> None:
             if heads.block_TGK is not None:
-                blocks[layer] = heads.block_TGK.numpy().copy()
+                blocks[layer] = heads.block_TGK.cpu().numpy().copy()
 
-        self.network.hidden(Batch.whole([torch.tensor(self.check_ids(ids))]), observer=observer)
+        self.network.hidden(Batch.whole([torch.tensor(self.check_ids(ids))]).to(self.device), observer=observer)
         return Trace(blocks)
 
 
@@ -115,12 +120,12 @@ def load(
 ) -> Model:
     """Load a bundled model by name or a checkpoint folder in the published layout, MXFP8 included.
 
+    `device` is "cpu" or a CUDA GPU ("cuda", "cuda:1").
     Weights are converted to `dtype`, except the router's, which stay float32. With `weights="int8"` those of the
     layers' projections and experts are kept in a byte each, with a scale for every 32 inputs of an output, or one for
     all of them with "int8-channel"; the file is read tensor by tensor. Raises ConfigError or CheckpointError.
     """
-    if device != "cpu":
-        raise CheckpointError(f"device must be 'cpu' in this version, not {device!r}")
+    where = _device(device)
     if weights is not None and weights not in WEIGHT_GROUPS:
         raise ConfigError(f"weights must be {' or '.join(map(repr, WEIGHT_GROUPS))} or None, not {weights!r}")
     folder = checkpoint.BUNDLED.get(str(path), Path(path))
@@ -134,11 +139,24 @@ def load(
         raise CheckpointError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     with torch.device("meta"):
         network = Network(config)
-    checkpoint.load_into(_materialise(network, dtype, weights), folder, config)
+    checkpoint.load_into(_materialise(network, where, dtype, weights), folder, config)
     return Model(network, tokenizer, str(path))
 
 
-def _materialise(network: Network, dtype: torch.dtype, weights: str | None) -> dict[str, Weight]:
+def _device(name: str) -> torch.device:
+    """The device of this name. Raises ConfigError for one that models do not run on, or that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N', not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+def _materialise(network: Network, device: torch.device, dtype: torch.dtype, weights: str | None) -> dict[str, Weight]:
     """Empty memory for every parameter, by name: float32 for the router, codes where quantised, else `dtype`."""
     room: dict[str, Weight] = {}
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
@@ -154,9 +172,9 @@ def _materialise(network: Network, dtype: torch.dtype, weights: str | None) -> d
                     "load them as 'int8-channel'"
                 )
             kind = torch.int8
-            scale = torch.empty((*value.shape[:-1], value.shape[-1] // group), dtype=torch.float32)
+            scale = torch.empty((*value.shape[:-1], value.shape[-1] // group), dtype=torch.float32, device=device)
             setattr(module, leaf + "_scale", scale)
-        empty = on_huge_pages(torch.empty(value.shape, dtype=kind))
+        empty = on_huge_pages(torch.empty(value.shape, dtype=kind, device=device))
         if leaf in module._parameters:
             module._parameters[leaf] = torch.nn.Parameter(empty, requires_grad=False)
         else:

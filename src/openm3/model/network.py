@@ -77,13 +77,15 @@ class Network(nn.Module):
         return logit_TV
 
     def new_pools(self, num_pages: int, dtype: torch.dtype) -> list[Pool]:
-        """Empty pools of `num_pages` pages of 128 tokens, one a layer."""
-        c = self.config
+        """Empty pools of `num_pages` pages of 128 tokens, one a layer, where the weights are."""
+        c, device = self.config, self.embed.weight.device
         pools = []
         for kind in c.layer_types:
             shape = (num_pages, c.num_groups, BLOCK, c.head_dim)
-            k_MGBH, v_MGBH = (on_huge_pages(torch.zeros(shape, dtype=dtype)) for _ in range(2))
-            index_k_MBJ = torch.zeros((num_pages, BLOCK, c.index_dim), dtype=dtype) if kind == "sparse" else None
-            codes = None if index_k_MBJ is None else new_codes(on_huge_pages(index_k_MBJ))
+            k_MGBH, v_MGBH = (on_huge_pages(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2))
+            index_k_MBJ = codes = None
+            if kind == "sparse":
+                index_k_MBJ = on_huge_pages(torch.zeros((num_pages, BLOCK, c.index_dim), dtype=dtype, device=device))
+                codes = new_codes(index_k_MBJ)
             pools.append(Pool(k_MGBH, v_MGBH, index_k_MBJ, codes))
         return pools

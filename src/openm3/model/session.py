@@ -11,6 +11,7 @@ from openm3.config import BLOCK
 from openm3.model.attention import Observer
 from openm3.model.batch import Batch
 from openm3.model.network import Network
+from openm3.model.replay import Replay
 
 CHUNK = 1024
 """Tokens read at a time: enough to keep matrix products large, little enough for progress and Ctrl-C."""
@@ -24,8 +25,10 @@ class Session:
         self.capacity = capacity
         self.length = 0
         num_pages = -(-capacity // BLOCK)
+        self.device = network.embed.weight.device
         self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
         self._page_P = torch.arange(num_pages, dtype=torch.int32)
+        self._replay: Replay | None = None
 
     @torch.inference_mode()
     def read(
@@ -46,7 +49,7 @@ class Session:
             part = torch.tensor(ids[first : first + chunk])
             end = self.length + part.shape[0]
             batch = Batch.step(part, self.length, self._page_P[: -(-end // BLOCK)])
-            hidden_TD = self.network.hidden(batch, self.pools, observer)
+            hidden_TD = self.network.hidden(batch.to(self.device), self.pools, observer)
             self.length = end
             if on_progress is not None:
                 on_progress(first + part.shape[0])
@@ -60,9 +63,23 @@ class Session:
         self.length = length
 
     def decode(self, logit_V: Tensor, limit: int, observer: Observer | None = None) -> Iterator[int]:
-        """Greedy tokens from the logits after the prompt, at most `limit`; equal logits take the smaller id."""
+        """Greedy tokens from the logits after the prompt, at most `limit`; equal logits take the smaller id.
+
+        On a GPU steps are captured and replayed, unless somebody observes them.
+        """
+        if self.device.type == "cuda" and observer is None:
+            yield from self._replayed(logit_V, limit)
+            return
         for i in range(limit):
             token = int(logit_V.argmax())
             yield token
             if i + 1 < limit:
                 logit_V = self.read([token], observer=observer)
+
+    def _replayed(self, logit_V: Tensor, limit: int) -> Iterator[int]:
+        if self._replay is None:
+            self._replay = Replay(self.network, self.pools, self._page_P.to(self.device))
+        for i, token in enumerate(self._replay.tokens(logit_V, self.length, limit)):
+            # A token's key counts from when the next token is asked for, as if it were computed then.
+            self.length += i > 0
+            yield token

@@ -13,6 +13,8 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +38,11 @@ class Machine(NamedTuple):
 
 INTERPRETER = Machine(processors=1, shared_bytes=227 << 10)
 """Triton's interpreter, which runs one program at a time."""
+
+HOPPER = Machine(processors=132, shared_bytes=227 << 10)
+"""An H100 or H200."""
+
+_elsewhere: ContextVar[Machine | None] = ContextVar("openm3_machine", default=None)
 
 
 def implementation(operator: str, name: str) -> Implementation:
@@ -71,6 +78,8 @@ def refused_device(x: Tensor) -> str | None:
     """Why a tensor is not where kernels run, None if it is."""
     if x.is_cuda or (x.is_cpu and interpreting() and forced() == "triton"):
         return None
+    if x.is_meta and _elsewhere.get() is not None:
+        return None
     return f"needs CUDA tensors, not {x.device.type}"
 
 
@@ -90,11 +99,25 @@ def refusal(*tensors: Tensor, stored: Sequence[Tensor] = ()) -> str | None:
     return None
 
 
-@functools.cache
 def machine(device: torch.device) -> Machine:
     """What tile choices have to know of a device."""
-    if device.type != "cuda":
-        return INTERPRETER
+    if device.type == "cuda":
+        return _machine(device)
+    return _elsewhere.get() or INTERPRETER
+
+
+@contextmanager
+def elsewhere(machine: Machine) -> Iterator[None]:
+    """Takes meta tensors for those of a GPU that is not here: how kernels are compiled without one."""
+    token = _elsewhere.set(machine)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+@functools.cache
+def _machine(device: torch.device) -> Machine:
     found = torch.cuda.get_device_properties(device)
     shared_bytes: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Machine(found.multi_processor_count, shared_bytes)

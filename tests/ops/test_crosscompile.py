@@ -1,0 +1,53 @@
+"""The kernels compile for a Hopper GPU without one, fit into its registers, and use its tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+crosscompile = pytest.importorskip("openm3.ops.triton.crosscompile", exc_type=ModuleNotFoundError)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What bench/kernels.py finds, in a process where Triton does not interpret."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": ":".join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    script = [sys.executable, str(ROOT / "bench" / "kernels.py"), "--json"]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=True)
+    found: list[dict[str, Any]] = json.loads(done.stdout)["kernels"]
+    return found
+
+
+def test_every_kernel_fits_into_registers_and_shared_memory(kernels: list[dict[str, Any]]) -> None:
+    assert {k["operator"] for k in kernels} >= {"select_blocks", "sparse_attention", "dense_attention", "write_pages"}
+    for k in kernels:
+        assert (k["stack_bytes"], k["at_once"] >= 1) == (0, True), k
+
+
+@pytest.mark.parametrize("operator", ["select_blocks", "sparse_attention", "dense_attention"])
+def test_chunks_use_the_products_of_warpgroups(operator: str, kernels: list[dict[str, Any]]) -> None:
+    chunks = [k for k in kernels if k["operator"] == operator and "8,192 tokens" in k["shape"]]
+    assert any(k["products"].get("wgmma") and k["copies"] for k in chunks)
+    assert not any(k["products"].get("mma") for k in chunks)
+
+
+def test_programs_at_once_follow_from_what_a_program_takes() -> None:
+    def kernel(num_warps: int, registers: int, shared_bytes: int) -> Any:
+        return crosscompile.Compiled("", (3, 4), num_warps, 3, registers, 0, shared_bytes, {}, 0)
+
+    assert kernel(8, 194, 98324).programs == 12
+    assert kernel(8, 194, 98324).at_once == 1
+    assert kernel(4, 128, 37136).at_once == 4
+
+
+def test_interpreted_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="start without TRITON_INTERPRET=1"), crosscompile.compiling():
+        pass

@@ -62,8 +62,8 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
-    of bfloat16 as if the integers that hold them were the numbers, takes long for matrices of integers, and cuts float32
-    to bfloat16 instead of rounding.
+    of bfloat16 as if the integers that hold them were the numbers, takes long for matrices of integers, and cuts
+    float32 to bfloat16 instead of rounding.
     """
     from triton.runtime import interpreter
 

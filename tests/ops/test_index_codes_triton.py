@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import openm3
-from openm3.ops import index, native, triton
+from openm3.ops import index, native
 from openm3.ops.cases import MILLION, PACKED, Packed, PackedCase, packed
 from openm3.ops.index import ENCODE_PAGES, SELECT_BLOCKS, IndexCodes, empty_codes, encode_pages, new_codes
+from openm3.ops.triton import HOPPER
 
 FEW = [case for case in PACKED if sum(case.num_tokens) * case.num_groups <= 140]
 """Those whose rows the interpreter soon scores one by one."""
@@ -61,9 +62,7 @@ def counts_of_candidates(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
-def test_codes_change_nothing(
-    case: PackedCase, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_change_nothing(case: PackedCase, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from openm3.ops.index import triton as kernels
 
     monkeypatch.setattr(kernels, "FEW_ROWS", 1 << 10)
@@ -209,6 +208,10 @@ def test_pages_are_encoded_as_they_are_written(triton_device: torch.device) -> N
     encode_pages(k, slot_T[:4].flip(0), codes)
     encode_pages(k, slot_T[:0], codes)
     assert all(torch.equal(*both) for both in zip(before, codes, strict=True))
+    # The first page is not taken for that of padding before it.
+    k[0] = 5.0
+    encode_pages(k, torch.tensor([-1, 7], device=k.device), codes)
+    assert codes.bound_M3[0, 1].isfinite()
 
 
 def test_writes_keep_codes_true(triton_device: torch.device) -> None:
@@ -244,18 +247,18 @@ def test_a_batch_and_its_parts_select_the_same(triton_device: torch.device, monk
 
     case = next(case for case in PACKED if case.name == "verify_eight_tokens")
     p = on(triton_device, packed(replace(case, num_selected=4)))
-    codes, (page_RP, start_R1, length_R) = codes_of(p), p.where
+    codes = codes_of(p)
 
     def part(r: int, begin: int, end: int) -> Tensor:
-        start_R1 = torch.tensor([0, end - begin], device=page_RP.device)
-        where = page_RP[r : r + 1], start_R1, length_R[r : r + 1] - 8 * (r + 1) + end
+        start_R1 = torch.tensor([0, end - begin], device=p.length_R.device)
+        where = p.page_RP[r : r + 1], start_R1, p.length_R[r : r + 1] - 8 * (r + 1) + end
         block_TGK: Tensor = SELECT_BLOCKS(p.index_q_TGJ[begin:end], p.index_k_MBJ, *where, 4, 1, codes)
         return block_TGK
 
     whole = SELECT_BLOCKS(p.index_q_TGJ, p.index_k_MBJ, *p.where, 4, 1, codes)
     assert torch.equal(torch.cat([part(0, 0, 3), part(0, 3, 8), part(1, 8, 16)]), whole)
-    monkeypatch.setattr(kernels, "machine", lambda _device: triton.Machine(132, 227 << 10))
-    monkeypatch.setattr(kernels, "WORKSPACE", 500)
+    monkeypatch.setattr(kernels, "machine", lambda _device: HOPPER)
+    monkeypatch.setattr(kernels, "WORKSPACE", 1600)
     assert torch.equal(SELECT_BLOCKS(p.index_q_TGJ, p.index_k_MBJ, *p.where, 4, 1, codes), whole)
 
 

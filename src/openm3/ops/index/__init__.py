@@ -44,9 +44,8 @@ class IndexCodes(NamedTuple):
     - uint8, for CPUs: tiles of 16 keys x 4 numbers, biased by 128, the keys made up to a multiple of 4 numbers;
     - int8, for Triton: a row for each key, made up with zeros to a multiple of 16 numbers.
 
-    Implementations look at the keys where they are given the other kind. `bound_M3` (float32) holds the page's scale, the
-    largest norm of what its codes lose, and the largest norm of its coded keys. An infinite bound says that nothing is
-    known.
+    `bound_M3` (float32) holds the page's scale, the largest norm of what its codes lose, and the largest norm of its
+    coded keys. An infinite bound says that nothing is known.
     """
 
     code_MC: Tensor

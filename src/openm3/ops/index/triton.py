@@ -1,11 +1,11 @@
 """Block selection in Triton: scores of blocks, the few that can be among the best of each row, the best K of those.
 
-A row is a token and a group. With many rows a request, scores come from the keys through tensor cores. With few, reading
-is what takes time: where there are int8 codes these are scanned, for brackets of the scores, and only blocks that might
-be selected are scored from their keys. Which of the two runs follows from shapes, and what is selected does not depend on it.
+A row is a token and a group. With many rows a request, scores come from the keys through tensor cores. With few,
+reading is what takes time: where there are codes of rows (int8) they are scanned, for brackets of the scores, and only
+blocks that might be selected are scored from their keys. Shapes say which of the two runs; both select the same.
 
-Everything between goes through a workspace of a bounded size, a chunk of tokens at a time. Every number is computed by one
-program in one order, and the order among blocks is total, so equal inputs give equal selections.
+Scores go through a workspace of a bounded size, a chunk of tokens at a time. Every number is computed by one program in
+one order, and the order among blocks is total, so equal inputs give equal selections.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 class Workspace(NamedTuple):
     """For X rows: between what the score of each block lies, the blocks that may be selected, and how many they are.
 
-    Where scores are known `low_XP` and `high_XP` are one tensor. Candidates fill the first `count_X` places of their rows.
+    Where scores are known `low_XP` and `high_XP` are one tensor. Candidates fill the first `count_X` places of a row.
     """
 
     low_XP: Tensor
@@ -90,10 +90,10 @@ def scan_tiles(
 ) -> ScanTiles:
     """Tiles for queries of whole requests; `wide` says that numbers take four bytes. Not measured yet.
 
-    With few rows a multiprocessor's programs, all there at once, have two pages on their way each: 64 KiB in flight hide
-    an H200's latency. With many, 128 rows halve the passes over the keys, and eight programs a multiprocessor even out
-    ragged batches. Four pages at least pay for loading the queries. Float32 has no tensor cores here: its products are
-    unrolled, which takes the compiler minutes from 64 rows on.
+    With few rows a multiprocessor's programs, all there at once, have two pages on their way each: 64 KiB in flight
+    hide an H200's latency. With many, 128 rows halve the passes over the keys, and eight programs a multiprocessor even
+    out ragged batches. Four pages at least pay for loading the queries. Float32 has no tensor cores here: its products
+    are unrolled, which takes the compiler minutes from 64 rows on.
     """
     each = -(-num_tokens // num_requests)
     few = wide or each * num_groups <= FEW_ROWS

@@ -1,9 +1,9 @@
 """From scores, or brackets of scores, to the best K blocks of each row, in Triton.
 
-A row has few blocks that can be among its best. `gather_candidates` finds them: deal the blocks to groups; as many group
-maxima as there are places, taken from the top, bound the last selected score from below. Blocks that reach the bound are
-candidates. That is exact for any numbers, and leaves little more than K where they are not all alike. `take_best` puts
-the candidates in the total order.
+Few blocks of a row can be among its best. `gather_candidates` finds them: the blocks are dealt to groups, and as many
+group maxima as there are places, taken from the top, bound the last selected score from below. Blocks that reach the
+bound are candidates. That holds for any numbers, and leaves little more than K where they are not all alike.
+`take_best` puts the candidates in the total order.
 """
 
 import triton

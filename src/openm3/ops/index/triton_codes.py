@@ -1,7 +1,7 @@
 """Index keys and queries as int8 codes for the certified scan on a GPU, with bounds of what the codes lose.
 
-A page's keys are `k = scale * code + rest`, one scale a page. Queries are read by few and kept nowhere, so their codes have
-two digits, `q = unit * (DIGIT * high + low) + rest`, which leaves almost nothing to the rest: then
+A page's keys are `k = scale * code + rest`, one scale a page. Queries are few and kept nowhere, so their codes can have
+two digits, `q = unit * (DIGIT * high + low) + rest`, which leaves almost nothing to the rest. Then
 
     | q . k  -  unit scale (DIGIT high + low) . code |  <=  |q| max|rest of k|  +  |rest of q| max|scale code|
 
@@ -19,7 +19,7 @@ TINY = tl.constexpr(1e-30)
 
 UP = tl.constexpr(1.0 + 2.0**-13)
 FLOOR = tl.constexpr(1e-17)
-"""A computed length, times UP and plus FLOOR, is no less than the true one: squares may round, or vanish below 1e-19."""
+"""A computed length times UP plus FLOOR is no less than the true one: squares may round, or vanish below 1e-19."""
 
 
 @triton.jit
@@ -49,9 +49,10 @@ def encode_touched(
     if (slot < 0) | (slot >= num_slots):
         return
     page = slot // B
-    if i_token > 0:
-        if tl.load(p_slot + (i_token - 1) * stride_slot).to(tl.int64) // B == page:
-            return
+    # Division rounds towards zero, so page 0 is not that of every slot it comes from.
+    before = tl.load(p_slot + (i_token - 1) * stride_slot, mask=i_token > 0, other=-1).to(tl.int64)
+    if (before >= 0) & (before // B == page):
+        return
     b_slot, b_width = tl.arange(0, SLOTS)[:, None], tl.arange(0, WIDTH)[None, :]
     b_p_k = p_k + page * stride_km + b_slot.to(tl.int64) * stride_kb + b_width * stride_kj
     b_k = tl.load(b_p_k, mask=(b_slot < B) & (b_width < J), other=0.0).to(tl.float32)

@@ -1,8 +1,9 @@
-"""Scores of blocks in Triton: of every block from the keys, brackets of every block from the codes, of candidates again.
+"""Scores of blocks in Triton: of every block from its keys, brackets of them from its codes, of candidates once more.
 
 Only blocks before a token's local ones compete for its places, and of these every key is visible: no scan has a mask.
-With few query rows the keys are the rows of a product, 64 to an instruction of Hopper's warpgroups, whose columns may be as
-few as queries are. Both scans of few rows multiply the same tiles in the same order, so their scores are equal to the bit.
+With few query rows the keys are the rows of a product, 64 to an instruction of Hopper's warpgroups, whose columns may
+be as few as the queries. Candidates are scored by the same products, so codes do not even change how scores are
+rounded.
 """
 
 import triton
@@ -43,7 +44,7 @@ def scan_keys(
     WIDTH: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):
-    """The scores of `split` blocks for a tile of up to TOKENS tokens of one request, a row of scores a token and group."""
+    """The scores of `split` blocks for up to TOKENS tokens of one request: a row of scores for each token and group."""
     i_request, token, end, block, block_end = _task(
         p_start, p_length, first, last, num_requests, split, B, LOCAL, TOKENS
     )
@@ -183,7 +184,7 @@ def score_candidates(
 def _task(
     p_start, p_length, first, last, num_requests, split, B: tl.constexpr, LOCAL: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """What a program scans: (request, token, end of tokens, block, end of blocks), which are none past the last token."""
+    """What a program scans: (request, token, end of tokens, block, end of blocks); no block past the last token."""
     # Tiles of queries run side by side over the same keys, which then come from the cache but for the first.
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     i_request = request_of_tile(p_start, num_requests, first, last, i_tile, TOKENS)
@@ -230,10 +231,8 @@ def _block_scores(
     """For each query the largest product with the keys that stand at `p_at`."""
     b_slot, b_width = tl.arange(0, SLOTS)[:, None], tl.arange(0, WIDTH)[None, :]
     b_p_k = p_at + b_slot.to(tl.int64) * stride_kb + b_width * stride_kj
-    if SLOTS == B and WIDTH == J:
-        b_k = tl.load(b_p_k)
-    else:
-        b_k = tl.load(b_p_k, mask=(b_slot < B) & (b_width < J), other=0.0)
+    EXACT: tl.constexpr = SLOTS == B and WIDTH == J
+    b_k = tl.load(b_p_k) if EXACT else tl.load(b_p_k, mask=(b_slot < B) & (b_width < J), other=0.0)
     if KEYS_FIRST:
         b_score = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         if SLOTS != B:

@@ -98,28 +98,24 @@ def scan_codes(
     )
     if block >= block_end:
         return
-    b_row, b_slot, b_width = tl.arange(0, ROWS), tl.arange(0, SLOTS), tl.arange(0, WIDTH)
+    b_row, b_slot, b_width = tl.arange(0, ROWS), tl.arange(0, SLOTS)[:, None], tl.arange(0, WIDTH)[None, :]
     b_taken = (b_row < TOKENS * G) & (token + b_row // G < end)
     b_q = _queries(p_q, token, b_row, b_taken, stride_qt, stride_qg, stride_qj, G, J, WIDTH)
     b_high, b_low, b_unit, b_lost, b_size = query_codes(b_q)
     p_page += i_request.to(tl.int64) * stride_pr
-    b_p_code = p_code + b_slot[:, None] * ROW + b_width[None, :]
+    b_p_code = p_code + b_slot * ROW + b_width
+    EXACT: tl.constexpr = SLOTS == B and WIDTH == ROW
     # Products wait in registers: bounds are loaded for all blocks together, outside of the loop.
     b_step = tl.arange(0, BLOCKS)[:, None]
     b_best = tl.zeros((BLOCKS, ROWS), tl.int32)
     for i_block in range(block, block_end):
         page = tl.load(p_page + tl.cast(i_block, tl.int64) * stride_pp).to(tl.int64)
-        if SLOTS == B and WIDTH == ROW:
-            b_code = tl.load(b_p_code + page * (B * ROW))
-        else:
-            b_inside = (b_slot < B)[:, None] & (b_width < ROW)[None, :]
-            b_code = tl.load(b_p_code + page * (B * ROW), mask=b_inside, other=0)
+        b_p_at = b_p_code + page * (B * ROW)
+        b_code = tl.load(b_p_at) if EXACT else tl.load(b_p_at, mask=(b_slot < B) & (b_width < ROW), other=0)
         b_product = tl.dot(b_code, tl.trans(b_high), out_dtype=tl.int32) * DIGIT
         b_product = tl.dot(b_code, tl.trans(b_low), b_product, out_dtype=tl.int32)
-        if SLOTS != B:
-            b_product = tl.where((b_slot < B)[:, None], b_product, -(1 << 31))
-        b_best = tl.where(b_step == i_block - block, tl.max(b_product, 0)[None, :], b_best)
-
+        b_largest = tl.max(b_product if SLOTS == B else tl.where(b_slot < B, b_product, -(1 << 31)), 0)
+        b_best = tl.where(b_step == i_block - block, b_largest[None, :], b_best)
     b_block = block + b_step
     b_there = b_block < block_end
     b_page = tl.load(p_page + b_block.to(tl.int64) * stride_pp, mask=b_there, other=0).to(tl.int64)

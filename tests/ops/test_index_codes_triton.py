@@ -16,8 +16,8 @@ from openm3.ops.triton import HOPPER
 FEW = [case for case in PACKED if sum(case.num_tokens) * case.num_groups <= 140]
 """Those whose rows the interpreter soon scores one by one."""
 
-DECODE = PackedCase(name="decode", num_tokens=(1, 2), lengths=(2600, 1500), index_dim=32, num_selected=4)
-"""Twenty blocks for four places, so that the scan has something to leave out."""
+DECODE = PackedCase(name="decode", num_tokens=(1, 2), lengths=(1700, 1100), index_dim=32, num_selected=4)
+"""Thirteen blocks for four places, so that the scan has something to leave out."""
 
 
 def on(device: torch.device, p: Packed) -> Packed:
@@ -71,7 +71,7 @@ def test_codes_change_nothing(case: PackedCase, triton_device: torch.device, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["block_edges", "verify_eight_tokens", "one_group_of_sixteen"])
+@pytest.mark.parametrize("name", ["block_edges", "as_many_tokens_as_groups"])
 def test_codes_of_narrow_dtypes(name: str, dtype: torch.dtype, triton_device: torch.device) -> None:
     case = next(case for case in PACKED if case.name == name)
     p = on(triton_device, packed(case, dtype=dtype))
@@ -139,13 +139,13 @@ def test_normal_numbers_select_the_same_with_codes_and_without(triton_device: to
 
 
 def test_few_blocks_are_looked_at_again(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PackedCase(name="", num_tokens=(2,), lengths=(16000,), index_dim=128, index_values="normal", num_selected=16)
+    case = PackedCase(name="", num_tokens=(2,), lengths=(12000,), index_dim=128, index_values="normal", num_selected=16)
     p = on(triton_device, packed(case, dtype=torch.bfloat16))
     codes, counts = codes_of(p), counts_of_candidates(monkeypatch)
     plain, coded = selected(case, p, None), selected(case, p, codes)
     assert torch.equal(coded, plain)
     assert (counts[0] >= 16).all() and (counts[0] <= 20).all()
-    assert (counts[1] >= counts[0]).all() and (counts[1] <= 64).all()
+    assert (counts[1] >= counts[0]).all() and (counts[1] <= 48).all()
 
 
 def test_bounds_hold(triton_device: torch.device) -> None:
@@ -245,8 +245,7 @@ def test_a_batch_and_its_parts_select_the_same(triton_device: torch.device, monk
     """Requests alone, tokens alone, and a workspace of few tokens on a machine to fill."""
     from openm3.ops.index import triton as kernels
 
-    case = next(case for case in PACKED if case.name == "verify_eight_tokens")
-    p = on(triton_device, packed(replace(case, num_selected=4)))
+    p = on(triton_device, packed(replace(DECODE, num_tokens=(8, 8))))
     codes = codes_of(p)
 
     def part(r: int, begin: int, end: int) -> Tensor:

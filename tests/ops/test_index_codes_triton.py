@@ -263,7 +263,7 @@ def test_a_batch_and_its_parts_select_the_same(triton_device: torch.device, monk
 
 def test_a_million_tokens(triton_device: torch.device) -> None:
     """With large blocks in the interpreter, where every step counts."""
-    case = MILLION if triton_device.type == "cuda" else replace(MILLION, block_size=4096)
+    case = MILLION if triton_device.type == "cuda" else replace(MILLION, block_size=8192)
     p = on(triton_device, packed(case))
     block_TGK = wanted(case, p)
     assert torch.equal(selected(case, p, None), block_TGK)
@@ -279,6 +279,8 @@ def test_each_scan_has_its_own_layout(triton_device: torch.device, monkeypatch: 
     reason = encoders["triton"].supports(p.index_k_MBJ, first_slots(p), tiles)
     assert reason == "makes codes of rows (int8), not of tiles (uint8)"
     assert encoders["triton"].supports(p.index_k_MBJ, first_slots(p), rows) is None
+    with pytest.raises(ValueError, match=r"codes and bounds of \[4, 4096\] and \[4, 3\] are not those of a pool of"):
+        selected(DECODE, p, IndexCodes(rows.code_MC[:4], rows.bound_M3[:4]))
     if native.missing() is None and triton_device.type == "cpu":
         reason = encoders["native"].supports(p.index_k_MBJ, first_slots(p), rows)
         assert reason == "takes codes in tiles (uint8), not int8"

@@ -146,7 +146,7 @@ def encode_pages(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> None
     num_pages, block_size, width = index_k_MBJ.shape
     if slot_T.shape[0] == 0:
         return
-    row = _row_bytes(codes, block_size)
+    row = _row_bytes(codes, index_k_MBJ)
     encode_touched[(slot_T.shape[0],)](
         *(index_k_MBJ, slot_T, *codes, num_pages * block_size, slot_T.stride(0), *index_k_MBJ.stride()),
         B=block_size,
@@ -193,7 +193,9 @@ def _scan(batch: Batch, codes: IndexCodes | None, work: Workspace, first: int, l
     """Scores, or brackets of scores, of all blocks for the tokens from `first` to `last`."""
     (num_tokens, num_groups, width), (_, block_size, _) = batch.index_q_TGJ.shape, batch.index_k_MBJ.shape
     num_requests, num_blocks = batch.page_RP.shape
-    itemsize, row = (batch.index_k_MBJ.element_size(), width) if codes is None else (1, _row_bytes(codes, block_size))
+    itemsize, row = batch.index_k_MBJ.element_size(), width
+    if codes is not None:
+        itemsize, row = 1, _row_bytes(codes, batch.index_k_MBJ)
     # Products of bytes are summed 32 at a time.
     slots, row_padded = padded(block_size, least=16), padded(row, least=32 if codes else 16)
     tiles = scan_tiles(
@@ -249,8 +251,8 @@ def _choose(
     """The best blocks for the tokens from `first` to `last`, from what `_scan` found."""
     (_, num_groups, num_selected), (num_requests, num_blocks) = block_TGK.shape, batch.page_RP.shape
     block_size, width = batch.index_k_MBJ.shape[1:]
-    num_rows, where = (last - first) * num_groups, machine(block_TGK.device)
-    tiles = choice_tiles(work.low_XP.shape[0], num_blocks, num_selected, where)
+    num_rows, gpu = (last - first) * num_groups, machine(block_TGK.device)
+    tiles = choice_tiles(work.low_XP.shape[0], num_blocks, num_selected, gpu)
     grid = (triton.cdiv(num_rows, tiles.rows),)
     among = (first, num_rows, num_requests, num_requests.bit_length(), work.low_XP.stride(0))
     gather_candidates[grid](
@@ -266,7 +268,7 @@ def _choose(
     )
     if codes is not None:
         wide = batch.index_k_MBJ.dtype == torch.float32
-        programs = min(max(1, 16 * where.processors // num_rows), num_blocks, 128)
+        programs = min(max(1, 16 * gpu.processors // num_rows), num_blocks, 128)
         score_candidates[(num_rows, programs)](
             *(*batch[:4], work.candidate_XP, work.count_X, work.low_XP, *among),
             *(*batch.index_q_TGJ.stride(), *batch.index_k_MBJ.stride(), *batch.page_RP.stride()),
@@ -293,10 +295,6 @@ def _choose(
     )
 
 
-def _row_bytes(codes: IndexCodes, block_size: int) -> int:
-    return codes.code_MC.shape[1] // block_size
-
-
 def _too_wide(index_k_MBJ: Tensor) -> str | None:
     width = index_k_MBJ.shape[2]
     return None if width <= WIDEST else f"takes index keys of up to {WIDEST} numbers, not {width}"
@@ -304,3 +302,15 @@ def _too_wide(index_k_MBJ: Tensor) -> str | None:
 
 def _readable(codes: IndexCodes | None) -> bool:
     return codes is not None and codes.code_MC.dtype == torch.int8
+
+
+def _row_bytes(codes: IndexCodes, index_k_MBJ: Tensor) -> int:
+    """Bytes of a key's codes. Raises ValueError where the codes are not those of the pool."""
+    num_pages, block_size, width = index_k_MBJ.shape
+    row = -(-width // 16) * 16
+    code_MC, bound_M3 = codes
+    if code_MC.shape != (num_pages, block_size * row) or bound_M3.shape != (num_pages, 3):
+        both = f"{list(code_MC.shape)} and {list(bound_M3.shape)}"
+        raise ValueError(f"codes and bounds of {both} are not those of a pool of {list(index_k_MBJ.shape)}")
+    assert code_MC.is_contiguous() and bound_M3.is_contiguous()
+    return row

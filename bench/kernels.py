@@ -20,13 +20,18 @@ from torch import Tensor
 
 from openm3.eval.report import table
 from openm3.ops.attention import dense_attention, sparse_attention
-from openm3.ops.cache import Pool, write_pages
+from openm3.ops.cache import HeadNorms, Pool, Projections, write_heads, write_pages
 from openm3.ops.dispatch import use
+from openm3.ops.experts import experts, route, swiglu
 from openm3.ops.index import IndexCodes, select_blocks
 from openm3.ops.norm import norm_rotate, rms_norm
+from openm3.ops.sample import SAMPLE, SampleParams
 
 WIDTH, SELECTED, HIDDEN = 128, 16, 6144
 """M3's head and index width, selected blocks, and model width."""
+
+EXPERTS, ACTIVE, INNER, VOCABULARY = 128, 4, 3072, 200_064
+"""Its experts, how many a token takes, and how wide they are where a shard does not hold a fourth of each."""
 
 SHAPES = {
     "shard: 512 tokens behind 1M": (512, 1, 8192, 16, 1),
@@ -43,7 +48,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def calls(tokens: int, requests: int, blocks: int, heads: int, groups: int) -> dict[str, Callable[[], Any]]:
-    """What one sparse layer does with a step of these sizes, by operator."""
+    """What one sparse layer and the sampler do with a step of these sizes, by operator."""
     pages = requests * blocks
     where = tuple(meta(*shape, dtype=torch.int32) for shape in ((requests, blocks), (requests + 1,), (requests,)))
     q_TNH, k_TGH, index_q_TGJ = meta(tokens, heads, WIDTH), meta(tokens, groups, WIDTH), meta(tokens, groups, WIDTH)
@@ -53,14 +58,26 @@ def calls(tokens: int, requests: int, blocks: int, heads: int, groups: int) -> d
     chosen = meta(tokens, groups, SELECTED, dtype=torch.int32)
     keys = q_TNH, pool.k_MGBH, pool.v_MGBH, *where
     slot_T = meta(tokens, dtype=torch.int64)
+    heads = Projections(q_TNH, k_TGH, k_TGH, index_q_TGJ, index_q_TGJ[:, 0])
+    norms = HeadNorms(*(meta(WIDTH) for _ in range(4)))
+    x_TD, inner = meta(tokens, HIDDEN), INNER * groups // 4
+    router_ED = meta(EXPERTS, HIDDEN, dtype=torch.float32)
+    routed = (meta(tokens, ACTIVE, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    weights = meta(EXPERTS, 2 * inner, HIDDEN), meta(EXPERTS, HIDDEN, inner)
+    logit_RV = meta(requests, VOCABULARY, dtype=torch.float32)
     return {
-        "rms_norm": lambda: rms_norm(meta(tokens, HIDDEN), meta(HIDDEN), 1e-6),
+        "rms_norm": lambda: rms_norm(x_TD, meta(HIDDEN), 1e-6),
         "norm_rotate": lambda: norm_rotate(q_TNH, meta(WIDTH), *rope, 1e-6),
         "write_pages": lambda: write_pages(k_TGH, k_TGH, index_q_TGJ[:, 0], pool, slot_T),
         "select_blocks": lambda: select_blocks(index_q_TGJ, pool.index_k_MBJ, *where),  # type: ignore[arg-type]
         "select_blocks by codes": lambda: select_blocks(index_q_TGJ, pool.index_k_MBJ, *where, codes=codes),  # type: ignore[arg-type]
         "sparse_attention": lambda: sparse_attention(*keys, chosen, scale=0.1),
         "dense_attention": lambda: dense_attention(*keys, scale=0.1),
+        "write_heads": lambda: write_heads(heads, norms, (rope[0], rope[1]), 1e-6, pool, slot_T),
+        "route": lambda: route(x_TD, router_ED, router_ED[:, 0], ACTIVE),
+        "experts": lambda: experts(x_TD, *routed, *weights, alpha=1.702, limit=7.0),
+        "swiglu": lambda: swiglu(meta(tokens, 2 * inner), alpha=1.702, limit=7.0),
+        "sample": lambda: SAMPLE(logit_RV, SampleParams().values(logit_RV), (), ()),
     }
 
 

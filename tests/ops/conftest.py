@@ -59,11 +59,11 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four faults of Triton 3.6's interpreter.
+    """Faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
-    of bfloat16 as if the integers that hold them were the numbers, takes long for matrices of integers, and cuts
-    float32 to bfloat16 instead of rounding.
+    of bfloat16 as if the integers that hold them were the numbers, does the reverse when it makes bfloat16 of integers,
+    takes long for matrices of integers, and cuts float32 to bfloat16 or eight bits instead of rounding.
     """
     from triton.runtime import interpreter
 
@@ -83,6 +83,8 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), interpreter.tl.float32)
 
     def cast(builder: Any, x: Any, dtype: Any) -> Any:
+        if x.dtype.scalar.is_int() and dtype.scalar == interpreter.tl.bfloat16:
+            x = cast_impl(builder, x, interpreter.tl.float32)
         if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.bfloat16):
             return cast_impl(builder, x, dtype)
         rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
@@ -90,6 +92,15 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cast_impl = interpreter.InterpreterBuilder.cast_impl
     patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def narrow(builder: Any, x: Any, dtype: Any, rounding: Any) -> Any:
+        if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.float8e4nv):
+            return fp_to_fp(builder, x, dtype, rounding)
+        rounded = torch.from_numpy(x.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(rounded, dtype.scalar)
+
+    fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", narrow)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)

@@ -65,6 +65,17 @@ def test_the_pool_keeps_its_dtype(implementation: Implementation, run: Callable[
     assert torch.equal(pool.k_MGBH[0, :, 7], k_TGH[0].bfloat16())
 
 
+def test_eight_bits_keep_the_largest_they_have() -> None:
+    """PyTorch's own conversion makes NaN of numbers from 465 on. Native code leaves such pools to the reference."""
+    pool = Pool(*(torch.zeros(5, 2, 128, 4).to(torch.float8_e4m3fn) for _ in range(2)), None)
+    k_TGH = torch.tensor([[447.0, 465.0, -1e30, torch.inf], [-torch.inf, torch.nan, 0.3, -0.0]])[None]
+    for given in (k_TGH, k_TGH.bfloat16()):
+        write_pages(given, -given, None, pool, torch.tensor([130]))
+        wanted_GH = torch.tensor([[448.0, 448.0, -448.0, 448.0], [-448.0, torch.nan, 0.3125, -0.0]])
+        torch.testing.assert_close(pool.k_MGBH[1, :, 2].float(), wanted_GH, equal_nan=True)
+        torch.testing.assert_close(pool.v_MGBH[1, :, 2].float(), -wanted_GH, equal_nan=True)
+
+
 def test_dense_layers_have_no_index_keys_and_no_tokens_are_fine() -> None:
     pool = pools(index=False)
     write_pages(torch.ones(1, 2, 4), torch.ones(1, 2, 4), None, pool, torch.tensor([9]))
@@ -184,8 +195,9 @@ def test_heads_are_checked_before_anything_is_written() -> None:
         write_heads(heads, norms, rope, 1e-6, pools(index=False), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="2 tokens need as many slots"):
         write_heads(heads, norms, rope, 1e-6, pool, torch.tensor([0]))
-    for implementation in WRITE_HEADS.implementations:
-        with openm3.use(implementation.name), pytest.raises(ValueError, match="slot 640 is outside the pool"):
+    # On a GPU, for which Triton's is, the host does not look at slots.
+    for name in {i.name for i in WRITE_HEADS.implementations} - {"triton"}:
+        with openm3.use(name), pytest.raises(ValueError, match="slot 640 is outside the pool"):
             write_heads(heads, norms, rope, 1e-6, pool, torch.tensor([0, 640]))
     assert all(x is not None and x.isnan().all() for x in pool[:3])
 

@@ -26,12 +26,18 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_fits_into_registers_and_shared_memory(kernels: list[dict[str, Any]]) -> None:
-    assert {k["operator"] for k in kernels} >= {"select_blocks", "sparse_attention", "dense_attention", "write_pages"}
+    assert {k["operator"] for k in kernels} >= {
+        "select_blocks",
+        "sparse_attention",
+        "dense_attention",
+        "write_heads",
+        "sample",
+    }
     for k in kernels:
         assert (k["stack_bytes"], k["at_once"] >= 1) == (0, True), k
 
 
-@pytest.mark.parametrize("operator", ["select_blocks", "sparse_attention", "dense_attention"])
+@pytest.mark.parametrize("operator", ["select_blocks", "sparse_attention", "dense_attention", "experts"])
 def test_chunks_use_the_products_of_warpgroups(operator: str, kernels: list[dict[str, Any]]) -> None:
     chunks = [k for k in kernels if k["operator"] == operator and "8,192 tokens" in k["shape"]]
     assert any(k["products"].get("wgmma") and k["copies"] for k in chunks)

@@ -5,6 +5,9 @@ in place, in the pool's dtype; slots are distinct. On the CPU ValueError names o
 does not look, and Triton's kernel stores nothing there. `index_k_TJ` and the pool's index part are None in layers
 without a selection. Codes of the index keys, where the pool has them, are brought up to date for the pages written.
 
+Keys and values may be stored as float8_e4m3fn, which keeps what is beyond its largest number, 448, as 448 of that sign,
+and NaN as NaN.
+
 `write_heads(heads, norms, rope, eps, pool, slot_T)` is what a layer of attention does with its projections:
 `turn_heads` (the norm and rotation of `openm3.ops.norm`, for queries and keys, each with its weight), then
 `write_pages`. It returns the queries.
@@ -90,6 +93,7 @@ WRITE_HEADS = Operator(
     "write_heads",
     (
         Implementation("native", native.supports_heads, native.write_heads),
+        in_triton("cache", "write_heads"),
         Implementation("reference", always, _turn_and_write),
     ),
 )

@@ -24,11 +24,13 @@ from torch import Tensor
 from openm3.ops.dispatch import Implementation, Operator, always, compiled
 from openm3.ops.experts import native, padded, reference
 from openm3.ops.linear import Weight, linear
+from openm3.ops.triton import implementation as in_triton
 
 SWIGLU = Operator(
     "swiglu",
     (
         Implementation("native", native.supports_swiglu, native.swiglu),
+        in_triton("experts", "swiglu"),
         Implementation("reference", always, reference.swiglu),
         compiled(reference.swiglu),
     ),
@@ -37,6 +39,7 @@ ROUTE = Operator(
     "route",
     (
         Implementation("native", native.supports_route, native.route),
+        in_triton("experts", "route"),
         Implementation("reference", always, reference.route),
     ),
 )
@@ -44,6 +47,7 @@ EXPERTS = Operator(
     "experts",
     (
         Implementation("native", native.supports, native.experts),
+        in_triton("experts", "experts"),
         Implementation("reference", always, reference.experts),
         Implementation("compiled", padded.supports, padded.experts, opt_in=True),
     ),

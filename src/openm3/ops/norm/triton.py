@@ -83,10 +83,36 @@ def _norm_rotate(
 ):
     b_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     b_column = tl.arange(0, WIDTH)[None, :]
-    b_taken = (b_row < num_rows) & (b_column < H)
+    b_there = b_row < num_rows
     b_token = b_row // N
-    b_p_x = p_x + b_token * stride_xt + b_row % N * stride_xn
-    b_x = tl.load(b_p_x + b_column * stride_xh, mask=b_taken, other=0.0).to(tl.float32)
+    b_normed = normed(
+        *(p_x + b_token * stride_xt + b_row % N * stride_xn, p_weight),
+        *(p_cos + b_token * stride_ct, p_sin + b_token * stride_st, b_there, eps),
+        *(stride_xh, stride_weight, stride_cw, stride_sw, H, W, WIDTH),
+    )
+    tl.store(p_out + b_row * H + b_column, b_normed, mask=b_there & (b_column < H))
+
+
+@triton.jit
+def normed(
+    b_p_x,
+    p_weight,
+    b_p_cos,
+    b_p_sin,
+    b_there,
+    eps,
+    stride_x,
+    stride_weight,
+    stride_cos,
+    stride_sin,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Rows of H numbers with their norm and rotation, in float32; pointers and `b_there` have one entry a row."""
+    b_column = tl.arange(0, WIDTH)[None, :]
+    b_taken = b_there & (b_column < H)
+    b_x = tl.load(b_p_x + b_column * stride_x, mask=b_taken, other=0.0).to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_x * b_x, 1, keep_dims=True) / H + eps)
     b_weight = tl.load(p_weight + b_column * stride_weight, mask=b_column < H, other=0.0).to(tl.float32)
     b_normed = b_x * b_scale * (1.0 + b_weight)
@@ -95,11 +121,11 @@ def _norm_rotate(
         b_turned = b_taken & (b_column < 2 * W)
         b_first = b_column < W
         b_other = tl.where(b_first, b_column + W, b_column - W)
-        b_y = tl.load(b_p_x + b_other * stride_xh, mask=b_turned, other=0.0).to(tl.float32)
+        b_y = tl.load(b_p_x + b_other * stride_x, mask=b_turned, other=0.0).to(tl.float32)
         b_other_weight = tl.load(p_weight + b_other * stride_weight, mask=b_column < 2 * W, other=0.0).to(tl.float32)
         b_partner = b_y * b_scale * (1.0 + b_other_weight)
         b_angle = tl.where(b_first, b_column, b_other)
-        b_cos = tl.load(p_cos + b_token * stride_ct + b_angle * stride_cw, mask=b_turned, other=1.0)
-        b_sin = tl.load(p_sin + b_token * stride_st + b_angle * stride_sw, mask=b_turned, other=0.0)
+        b_cos = tl.load(b_p_cos + b_angle * stride_cos, mask=b_turned, other=1.0)
+        b_sin = tl.load(b_p_sin + b_angle * stride_sin, mask=b_turned, other=0.0)
         b_normed = b_normed * b_cos + tl.where(b_first, -b_partner, b_partner) * b_sin
-    tl.store(p_out + b_row * H + b_column, b_normed, mask=b_taken)
+    return b_normed

@@ -8,6 +8,9 @@
   neither on the other requests of the batch nor on the device.
 - `logprob_R` is the model's own: the log-softmax of the logits as given, before penalties, temperature and limits.
 - A logit of -inf forbids its token.
+- Logits that are NaN or +inf, or forbid every token, are an error on the CPU. On other devices the host does not look,
+  so that nothing waits and steps can be captured: the request's id is -1 there and its log-probability NaN, and whoever
+  reads the ids reports it.
 
 `top_logprobs(logit_RV, count) -> (id_Rv, logprob_Rv)` gives the model's `count` likeliest tokens, likeliest first.
 """
@@ -24,11 +27,13 @@ from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.sample import blocked, reference
+from openm3.ops.triton import implementation as in_triton
 
 SAMPLE = Operator(
     "sample",
     (
         Implementation("blocked", blocked.supports, blocked.sample),
+        in_triton("sample", "sample"),
         Implementation("reference", always, reference.sample),
     ),
 )
@@ -76,18 +81,20 @@ class SampleParams:
                     raise ValueError(f"{name} must be {allowed}, not {value!r}")
 
     def values(self, logit_RV: Tensor) -> dict[str, Tensor]:
-        """Each field with one value a request, on the device of the logits."""
+        """Each field with one value a request, on the device of the logits, for which nothing there is waited for."""
         requests = logit_RV.shape[0]
-        values = {}
+        rows: dict[torch.dtype, dict[str, list[Any]]] = {torch.int64: {}, torch.float32: {}}
         for field in fields(self):
             given = getattr(self, field.name)
             row = list(given) if isinstance(given, Sequence) else [given] * requests
             if len(row) != requests:
                 raise ValueError(f"{requests} requests need as many values of {field.name}, not {len(row)}")
             whole = field.name in ("top_k", "seed", "step")
-            values[field.name] = torch.tensor(
-                row, dtype=torch.int64 if whole else torch.float32, device=logit_RV.device
-            )
+            rows[torch.int64 if whole else torch.float32][field.name] = row
+        values: dict[str, Tensor] = {}
+        for dtype, named in rows.items():
+            host = torch.tensor(list(named.values()), dtype=dtype, pin_memory=logit_RV.is_cuda)
+            values |= zip(named, host.to(logit_RV.device, non_blocking=True), strict=True)
         return values
 
 
@@ -100,7 +107,7 @@ def sample(
     """Each request's next token (int64) and its log-probability (float32).
 
     `prompt_ids` and `output_ids` are the tokens of each request so far; only penalties need them. Raises ValueError for
-    logits that are NaN or +inf or allow no token, and for counts that differ from the number of requests.
+    counts that differ from the number of requests, and on the CPU for logits that are NaN or +inf or allow no token.
     """
     _check_logits(logit_RV)
     requests, vocabulary = logit_RV.shape
@@ -126,6 +133,8 @@ def top_logprobs(logit_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _check_logits(logit_RV: Tensor) -> None:
     if logit_RV.ndim != 2 or logit_RV.shape[1] == 0:
         raise ValueError(f"expected logits [R, V], not {list(logit_RV.shape)}")
+    if not logit_RV.is_cpu:
+        return
     best_R = logit_RV.amax(-1)
     bad = (~best_R.isfinite()).nonzero()
     if bad.numel():

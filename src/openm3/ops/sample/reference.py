@@ -22,7 +22,9 @@ def sample(
     token_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
     drawn_RV = _limited(scaled_RV, values) + gumbel(values["seed"], values["step"], token_V)
     id_R = torch.where(values["temperature"][:, None] > 0, drawn_RV, scaled_RV).argmax(-1)
-    return id_R, logit_RV.float().log_softmax(-1).gather(1, id_R[:, None])[:, 0]
+    logprob_R = logit_RV.float().log_softmax(-1).gather(1, id_R[:, None])[:, 0]
+    possible_R = logit_RV.amax(-1).isfinite()
+    return id_R.where(possible_R, -1), logprob_R.where(possible_R, torch.nan)
 
 
 def top_logprobs(logit_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -37,17 +39,18 @@ def scaled(
     output_ids: Sequence[Sequence[int]],
 ) -> Tensor:
     """Logits after penalties and temperature (1 where it is 0), the largest of each request at zero."""
-    score_RV = _penalised(logit_RV.float(), values, prompt_ids, output_ids)
+    score_RV = penalised(logit_RV.float(), values, prompt_ids, output_ids)
     temperature_R1 = values["temperature"][:, None]
     return (score_RV - score_RV.amax(-1, keepdim=True)) / temperature_R1.where(temperature_R1 > 0, 1.0)
 
 
-def _penalised(
+def penalised(
     score_RV: Tensor,
     values: Mapping[str, Tensor],
     prompt_ids: Sequence[Sequence[int]],
     output_ids: Sequence[Sequence[int]],
 ) -> Tensor:
+    """Scores after repetition, frequency and presence penalties."""
     if not any(len(row) for row in (*prompt_ids, *output_ids)):
         return score_RV
     prompt_RV, output_RV = _counts(prompt_ids, score_RV), _counts(output_ids, score_RV)
@@ -60,10 +63,10 @@ def _penalised(
 
 def _counts(ids: Sequence[Sequence[int]], score_RV: Tensor) -> Tensor:
     """How often each request holds each token, float32."""
-    count_RV = torch.zeros_like(score_RV)
-    for r, row in enumerate(ids):
-        token = torch.as_tensor(row, dtype=torch.int64, device=score_RV.device)
-        count_RV[r].index_add_(0, token, torch.ones_like(token, dtype=count_RV.dtype))
+    place = [r * score_RV.shape[1] + token for r, row in enumerate(ids) for token in row]
+    place_C = torch.tensor(place, dtype=torch.int64, device=score_RV.device)
+    count_RV = torch.zeros_like(score_RV, memory_format=torch.contiguous_format)
+    count_RV.view(-1).index_add_(0, place_C, torch.ones_like(place_C, dtype=count_RV.dtype))
     return count_RV
 
 

@@ -59,11 +59,12 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five faults of Triton 3.6's interpreter.
+    """Faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
     of bfloat16 as if the integers that hold them were the numbers, does the reverse when it makes bfloat16 of integers,
-    cuts float32 to bfloat16 or eight bits instead of rounding, and takes the NaN of eight bits for 480.
+    takes long for matrices of integers, cuts float32 to bfloat16 or eight bits instead of rounding, and takes the NaN
+    of eight bits for 480.
     """
     from triton.runtime import interpreter
 
@@ -71,8 +72,11 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(builder, widened(a), widened(b), *rest)
+    def dot(builder: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == interpreter.tl.int8:
+            product = (a.data.astype("float64") @ b.data.astype("float64")).astype("int32")
+            return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+        return create_dot(builder, widened(a), widened(b), c, *rest)
 
     def widened(x: Any) -> Any:
         if x.dtype.scalar != interpreter.tl.bfloat16:

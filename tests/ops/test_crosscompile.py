@@ -44,6 +44,15 @@ def test_chunks_use_the_products_of_warpgroups(operator: str, kernels: list[dict
     assert not any(k["products"].get("mma") for k in chunks)
 
 
+def test_scans_of_few_rows_use_warpgroups_and_leave_room_for_others(kernels: list[dict[str, Any]]) -> None:
+    """Reading is what takes time there: four pages of codes, or two of keys, are waited for at once."""
+    at_once = {"scan_keys": 2, "scan_codes": 4, "score_candidates": 3}
+    decoding = [k for k in kernels if k["name"] in at_once and " request" in k["shape"]]
+    assert {k["name"] for k in decoding} == set(at_once)
+    for k in decoding:
+        assert set(k["products"]) == {"wgmma"} and k["copies"] and k["at_once"] >= at_once[k["name"]], k
+
+
 def test_programs_at_once_follow_from_what_a_program_takes() -> None:
     def kernel(num_warps: int, registers: int, shared_bytes: int) -> Any:
         return crosscompile.Compiled("", (3, 4), num_warps, 3, registers, 0, shared_bytes, {}, 0)

@@ -23,7 +23,7 @@ from openm3.ops.attention import dense_attention, sparse_attention
 from openm3.ops.cache import HeadNorms, Pool, Projections, write_heads, write_pages
 from openm3.ops.dispatch import use
 from openm3.ops.experts import experts, route, swiglu
-from openm3.ops.index import select_blocks
+from openm3.ops.index import IndexCodes, select_blocks
 from openm3.ops.norm import norm_rotate, rms_norm
 from openm3.ops.sample import SAMPLE, SampleParams
 
@@ -52,7 +52,8 @@ def calls(tokens: int, requests: int, blocks: int, heads: int, groups: int) -> d
     pages = requests * blocks
     where = tuple(meta(*shape, dtype=torch.int32) for shape in ((requests, blocks), (requests + 1,), (requests,)))
     q_TNH, k_TGH, index_q_TGJ = meta(tokens, heads, WIDTH), meta(tokens, groups, WIDTH), meta(tokens, groups, WIDTH)
-    pool = Pool(*(meta(pages, groups, 128, WIDTH) for _ in range(2)), meta(pages, 128, WIDTH))
+    codes = IndexCodes(meta(pages, 128 * WIDTH, dtype=torch.int8), meta(pages, 3, dtype=torch.float32))
+    pool = Pool(*(meta(pages, groups, 128, WIDTH) for _ in range(2)), meta(pages, 128, WIDTH), codes)
     rope = [meta(tokens, WIDTH // 4, dtype=torch.float32) for _ in range(2)]
     chosen = meta(tokens, groups, SELECTED, dtype=torch.int32)
     keys = q_TNH, pool.k_MGBH, pool.v_MGBH, *where
@@ -69,6 +70,7 @@ def calls(tokens: int, requests: int, blocks: int, heads: int, groups: int) -> d
         "norm_rotate": lambda: norm_rotate(q_TNH, meta(WIDTH), *rope, 1e-6),
         "write_pages": lambda: write_pages(k_TGH, k_TGH, index_q_TGJ[:, 0], pool, slot_T),
         "select_blocks": lambda: select_blocks(index_q_TGJ, pool.index_k_MBJ, *where),  # type: ignore[arg-type]
+        "select_blocks by codes": lambda: select_blocks(index_q_TGJ, pool.index_k_MBJ, *where, codes=codes),  # type: ignore[arg-type]
         "sparse_attention": lambda: sparse_attention(*keys, chosen, scale=0.1),
         "dense_attention": lambda: dense_attention(*keys, scale=0.1),
         "write_heads": lambda: write_heads(heads, norms, (rope[0], rope[1]), 1e-6, pool, slot_T),

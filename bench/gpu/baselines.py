@@ -3,6 +3,8 @@
 - Query-major: one program scores 16 queries of a group against every block of their request, one block after another
   (an unsplit scorer, scores kept in memory, top-k by PyTorch); one program attends for one token and group, its query
   heads as 16 rows, to one selected block after another.
+- Block-major: everything goes the way that the operator takes where selections scatter, a partial result for each
+  block that a token chose. That is the published scheme; its kernels need other GPUs.
 - Dense: PyTorch's scaled_dot_product_attention in its FlashAttention form, and FlashAttention 3 where it is installed.
 
 Every request has the same number of tokens, and every length is given on the host.
@@ -12,6 +14,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +76,20 @@ def query_major_attention(
         num_stages=2,
     )
     return out_TNH
+
+
+@contextmanager
+def block_major_everywhere() -> Iterator[None]:
+    """Inside the block `sparse_attention` walks no tile's union, wherever it has the other way at all."""
+    from openm3.ops.attention import triton as kernels
+
+    def choose(*sizes: Any) -> Any:
+        found = kernels_choose(*sizes)
+        return None if found is None else replace(found, most=0, shared=0)
+
+    kernels_choose = kernels.choose_scattering
+    with mock.patch.object(kernels, "choose_scattering", choose):
+        yield
 
 
 def dense_flash(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor) -> Tensor:

@@ -59,11 +59,12 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four faults of Triton 3.6's interpreter.
+    """Faults of Triton 3.6's interpreter.
 
     It bounds loops with arrays of one element, which NumPy 2.4 does not take for numbers any more, multiplies matrices
     of bfloat16 as if the integers that hold them were the numbers, does the reverse when it makes bfloat16 of integers,
-    and cuts float32 to bfloat16 or eight bits instead of rounding.
+    takes long for matrices of integers, cuts float32 to bfloat16 or eight bits instead of rounding, and takes the NaN
+    of eight bits for 480.
     """
     from triton.runtime import interpreter
 
@@ -71,8 +72,11 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return create_dot(builder, widened(a), widened(b), *rest)
+    def dot(builder: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == interpreter.tl.int8:
+            product = (a.data.astype("float64") @ b.data.astype("float64")).astype("int32")
+            return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+        return create_dot(builder, widened(a), widened(b), c, *rest)
 
     def widened(x: Any) -> Any:
         if x.dtype.scalar != interpreter.tl.bfloat16:
@@ -87,17 +91,20 @@ def mend_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         rounded = torch.from_numpy(x.data).bfloat16().view(torch.int16).numpy().view("uint16")
         return interpreter.TensorHandle(rounded, dtype.scalar)
 
+    def fp_to_fp(builder: Any, x: Any, dtype: Any, rounding: Any) -> Any:
+        eight, wide = interpreter.tl.float8e4nv, interpreter.tl.float32
+        if (x.dtype.scalar, dtype.scalar) == (wide, eight):
+            rounded = torch.from_numpy(x.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+            return interpreter.TensorHandle(rounded, eight)
+        if x.dtype.scalar == eight:
+            x = interpreter.TensorHandle(torch.from_numpy(x.data).view(torch.float8_e4m3fn).float().numpy(), wide)
+            return x if dtype.scalar == wide else cast(builder, x, dtype)
+        return create_fp_to_fp(builder, x, dtype, rounding)
+
     cast_impl = interpreter.InterpreterBuilder.cast_impl
+    create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
     patch_tensor, create_dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
-
-    def narrow(builder: Any, x: Any, dtype: Any, rounding: Any) -> Any:
-        if (x.dtype.scalar, dtype.scalar) != (interpreter.tl.float32, interpreter.tl.float8e4nv):
-            return fp_to_fp(builder, x, dtype, rounding)
-        rounded = torch.from_numpy(x.data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        return interpreter.TensorHandle(rounded, dtype.scalar)
-
-    fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", narrow)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", fp_to_fp)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from openm3.ops.attention import dense_attention, reference, sparse_attention, sparse_attention_lse
-from openm3.ops.cases import PACKED, Packed, PackedCase, packed
+from openm3.ops.cases import MILLION, PACKED, Packed, PackedCase, packed
+from openm3.ops.triton import HOPPER
 
 triton = pytest.importorskip("openm3.ops.attention.triton", exc_type=ModuleNotFoundError)
 
@@ -25,8 +26,8 @@ SMALL = (
     PackedCase(name="sixteen", num_tokens=(12, 1), lengths=(150, 140), num_groups=1, heads_per_group=16),
     PackedCase(name="pages", num_tokens=(40,), lengths=(300,), num_groups=1, num_selected=2),
 )
-INTERPRETED = ("one_token", "no_tokens", "no_requests", "three_groups_of_one")
-CASES = (*SMALL, *(case for case in PACKED if ON_GPU or case.name in INTERPRETED))
+DENSE = frozenset(case.name for case in PACKED if ON_GPU or sum(case.num_tokens) < 10)
+"""Cases of `PACKED` for dense attention too: in the interpreter those of a few tokens."""
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,7 @@ def assert_right_dense(p: Packed) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_error_is_at_most_twice_that_of_the_reference(
     case: PackedCase, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -96,7 +97,169 @@ def test_error_is_at_most_twice_that_of_the_reference(
         pytest.skip("one case is enough for the interpreter")
     p = on(device, case, dtype)
     assert_right(p)
+    if ON_GPU or dtype == torch.float32:
+        assert_right_dense(p)
+
+
+@pytest.mark.parametrize("case", (*PACKED, MILLION), ids=lambda case: case.name)
+def test_every_case(case: PackedCase, device: torch.device) -> None:
+    p = on(device, case, torch.bfloat16 if len(case.name) % 2 else torch.float32)
+    assert_right(p)
+    if case.name in DENSE:
+        assert_right_dense(p)
+
+
+@pytest.mark.parametrize("query", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [(3, 1), (20, 2)], ids=str)
+def test_eight_bit_caches(query: torch.dtype, tokens: tuple[int, int], device: torch.device) -> None:
+    """Decode and prefill, sparse and dense. The stored values are what counts: their rounding is no error here."""
+    case = PackedCase(name="eight_bits", num_tokens=tokens, lengths=(90, 33), block_size=16, num_groups=1)
+    p = on(device, case, query)
+    p = p._replace(k_MGBH=p.k_MGBH.to(torch.float8_e4m3fn), v_MGBH=p.v_MGBH.to(torch.float8_e4m3fn))
+    assert p.v_MGBH.float().isnan().any()
+    assert_right(p)
     assert_right_dense(p)
+
+
+def block_by_block(monkeypatch: pytest.MonkeyPatch, tiles: int = 1 << 10) -> None:
+    """Has no tile walk that sees anything."""
+    scattering = triton.Scattering(most=0, shared=0, tiles=tiles, programs=3)
+    monkeypatch.setattr(triton, "choose_scattering", lambda *_: scattering)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [SMALL[1], SMALL[2], SMALL[4]], ids=lambda case: case.name)
+def test_block_by_block_is_right(
+    case: PackedCase, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_by_block(monkeypatch)
+    assert_right(on(device, case, dtype))
+
+
+SCATTERED = PackedCase(
+    name="scattered", num_tokens=(36, 2, 20), lengths=(140, 40, 70), block_size=16, num_selected=2, heads_per_group=3
+)
+
+
+def scattered_and_not(device: torch.device) -> Packed:
+    """The first 32 tokens of the first request scatter; all tokens of the last choose the same blocks."""
+    p = on(device, SCATTERED, torch.bfloat16)
+    p.block_TGK[38:] = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    return p
+
+
+def test_each_tile_goes_its_own_way(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, marked, launch = scattered_and_not(device), [], triton.triton_scattered.launch
+
+    def watched(*args: Any) -> None:
+        marked.extend(args[3].listed_XG.tolist())
+        launch(*args)
+
+    monkeypatch.setattr(triton.triton_scattered, "launch", watched)
+    assert_right(p)
+    assert marked == [[1, 1]]
+    first = p._replace(
+        q_TNH=p.q_TNH[:36],
+        block_TGK=p.block_TGK[:36],
+        page_RP=p.page_RP[:1],
+        start_R1=p.start_R1[:2],
+        length_R=p.length_R[:1],
+    )
+    assert torch.equal(sparse(first), sparse(p)[:36])
+
+
+def test_what_waits_to_be_merged_has_a_bounded_room(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = scattered_and_not(device)
+    block_by_block(monkeypatch)
+    wanted = sparse(p)
+    block_by_block(monkeypatch, tiles=1)
+    monkeypatch.setattr(triton.triton_scattered, "WORKSPACE", 1)
+    assert torch.equal(sparse(p), wanted)
+
+
+def test_block_by_block_without_visible_keys(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tails of -1, tokens without any block, blocks of the future, two requests that share their pages."""
+    block_by_block(monkeypatch)
+    p = on(device, PackedCase(name="holes", num_tokens=(20, 20), lengths=(90, 90), block_size=16, num_groups=1))
+    p.page_RP[1] = p.page_RP[0]
+    p.block_TGK[:8, :, 2:] = -1
+    p.block_TGK[8:14] = -1
+    p.block_TGK[14, :, 1] = 1 << 30
+    assert_right(p)
+    assert not sparse(p)[8:14].any()
+
+
+def test_what_can_never_scatter_is_not_asked(device: torch.device) -> None:
+    tile = triton.choose_tile(16, 128, 128, 16, 8192, 2, 2, HOPPER)
+
+    def chosen(num_blocks: int, num_tokens: int) -> object:
+        return triton.choose_scattering(tile, 16, 128, 16, num_blocks, num_tokens, 2, HOPPER)
+
+    assert chosen(8192, 8192) == triton.Scattering(most=48, shared=8, tiles=1134, programs=264)
+    assert chosen(48, 8192) is None and chosen(8192, 24) is None
+    assert chosen(49, 25) is not None
+    assert triton.choose_scattering(dataclasses.replace(tile, tokens=2), 64, 128, 16, 8192, 8192, 2, HOPPER) is None
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("tokens", [(3, 1), (20,), (1,) * 12], ids=str)
+def test_tokens_of_no_request_get_zeros(tokens: tuple[int, ...], dense: bool, device: torch.device) -> None:
+    """Captured steps have room for more tokens than a batch may bring."""
+    case = PackedCase(name="padded", num_tokens=tokens, lengths=(60,) * len(tokens), block_size=16, num_groups=1)
+    p, real = on(device, case), sum(tokens)
+    out_TNH = dense_attention(*keys(p), scale=SCALE) if dense else sparse(p)
+    padded = p._replace(
+        q_TNH=torch.nn.functional.pad(p.q_TNH, (0, 0, 0, 0, 0, 7), value=math.nan),
+        block_TGK=torch.nn.functional.pad(p.block_TGK, (0, 0, 0, 0, 0, 7)),
+    )
+    if dense:
+        padded_TNH = triton.dense_attention(*keys(padded), SCALE)
+    else:
+        padded_TNH, lse_TN = triton.sparse_attention_lse(*keys(padded), padded.block_TGK, SCALE)
+        assert (lse_TN[real:] == -math.inf).all()
+    assert torch.equal(padded_TNH[:real], out_TNH)
+    assert not padded_TNH[real:].any()
+
+
+def test_a_batch_without_requests_gives_zeros(device: torch.device) -> None:
+    p = on(device, PackedCase(name="nobody", num_tokens=(3,), lengths=(20,), block_size=16))
+    p = p._replace(page_RP=p.page_RP[:0], start_R1=p.start_R1[:1], length_R=p.length_R[:0])
+    out_TNH, lse_TN = triton.sparse_attention_lse(*keys(p), p.block_TGK, SCALE)
+    assert not out_TNH.any() and (lse_TN == -math.inf).all()
+
+
+def test_more_programs_change_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the keys to each program, or eight; and merged in one go or in several."""
+    case = PackedCase(name="split", num_tokens=(1, 1), lengths=(200, 90), block_size=16, num_selected=10, num_groups=1)
+    p = on(device, case, torch.bfloat16)
+    found = []
+    for processors in (1, 1000):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton, "machine", lambda _, n=processors: HOPPER._replace(processors=n))
+            found += [sparse(p)]
+    found += [sparse(p)]
+    dense_TNH = dense_attention(*keys(p), scale=SCALE)
+    monkeypatch.setattr(triton.triton_splits, "WORKSPACE", 1)
+    assert all(torch.equal(out_TNH, sparse(p)) for out_TNH in found)
+    assert torch.equal(dense_attention(*keys(p), scale=SCALE), dense_TNH)
+
+
+def test_smaller_tiles_are_right(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And change no bit, which NumPy, in which the interpreter multiplies, does not promise."""
+    p, found = on(device, SMALL[4], torch.bfloat16), []
+    for processors in (1, 1000):
+        monkeypatch.setattr(triton, "machine", lambda _, n=processors: HOPPER._replace(processors=n))
+        assert_right(p)
+        found.append(sparse(p))
+    assert not ON_GPU or torch.equal(*found)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_negative_scale(tokens: int, device: torch.device) -> None:
+    p = on(device, PackedCase(name="negative", num_tokens=(tokens,), lengths=(60,), num_groups=1, block_size=16))
+    truth_TNH, _ = reference.sparse_attention(*keys(wide(p)), p.block_TGK, -SCALE)
+    out_TNH = sparse_attention(*keys(p), p.block_TGK, scale=-SCALE)
+    torch.testing.assert_close(out_TNH.double(), truth_TNH, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mixed", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -200,16 +363,38 @@ def test_refusals_say_why(device: torch.device) -> None:
     assert reason(p._replace(page_RP=p.page_RP.to("meta"))) == "needs all tensors on one device"
     far = torch.empty_strided((1, 2, 16, 16), (1, 1, 1 << 28, 1), device="meta")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "refusal", lambda *_: None)
+        patch.setattr(triton, "refusal", lambda *_, **__: None)
         assert reason(p._replace(k_MGBH=far)) == "needs the keys of a page and head within 2^31 numbers of each other"
 
 
-def test_tiles_fill_warpgroups_and_fit_shared_memory() -> None:
-    tile = triton.choose_tile(16, 128, 128, 16, 2, 227 << 10)
-    assert tile == triton.Tile(tokens=8, heads=16, keys=64, width=128, warps=8, stages=3)
-    assert triton.choose_tile(16, 128, 128, None, 2, 99 << 10).stages == 1
-    assert triton.choose_tile(1, 128, 128, 16, 2, 227 << 10).tokens == 32
-    assert triton.choose_tile(16, 128, 128, 2000, 2, 227 << 10).tokens == 2
-    split = triton.choose_split(16, 128, 128, 16, False, 2, 227 << 10)
-    assert (split.blocks, split.splits, split.tile.tokens, split.tile.heads) == (4, 4, 1, 16)
-    assert triton.choose_split(3, 128, 128, 1 << 13, True, 2, 227 << 10).splits == 128
+def test_tiles_fill_warpgroups_and_share_multiprocessors() -> None:
+    def tile(
+        heads: int, num_selected: int | None, lines: int = 8192, stored_itemsize: int = 2, kibibytes: int = 227
+    ) -> Any:
+        machine = HOPPER._replace(shared_bytes=kibibytes << 10)
+        return triton.choose_tile(heads, 128, 128, num_selected, lines, 2, stored_itemsize, machine)
+
+    wanted = triton.Tile(tokens=8, heads=16, keys=32, width=128, warps=8, stages=4, registers=128)
+    assert tile(16, 16) == tile(16, None) == wanted
+    assert tile(16, 16, lines=8 * 132) == wanted
+    few = tile(16, 16, lines=8 * 132 - 1)
+    assert (few.tokens, few.keys, few.warps, few.registers) == (4, 32, 4, None)
+    assert tile(16, None, stored_itemsize=1).stages == 5
+    assert (tile(16, 16, kibibytes=99).stages, tile(16, 16, kibibytes=99).registers) == (4, None)
+    assert tile(16, 16, kibibytes=48).stages == 1
+    assert tile(1, 16).tokens == 32 and tile(1, None, lines=1 << 15).tokens == 128 and tile(1, None).tokens == 64
+    assert tile(16, 2000).tokens == 2
+    assert triton.choose_tile(16, 256, 128, 16, 8192, 2, 2, HOPPER).registers is None
+    assert triton.choose_tile(16, 128, 128, 16, 8192, 4, 4, HOPPER).registers is None
+
+
+def test_splits_fill_the_machine() -> None:
+    def split(num_selected: int | None, num_blocks: int, lines: int) -> tuple[int, int, int]:
+        chosen = triton.choose_split(16, 128, 128, num_selected, num_blocks, lines, 2, 2, HOPPER)
+        assert (chosen.tile.tokens, chosen.tile.heads, chosen.tile.keys) == (1, 16, 64)
+        return chosen.parts, chosen.splits, chosen.folded
+
+    assert split(16, 8192, 64) == split(16, 1, 25) == (8, 4, 1)
+    assert split(16, 8192, 1) == split(16, 1, 24) == (1, 32, 8)
+    assert split(None, 8192, 1) == (4, 128, 1)
+    assert split(None, 10, 64) == (4, 5, 1)

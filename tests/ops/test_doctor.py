@@ -55,11 +55,12 @@ def test_run_prints_the_report(as_json: bool, capsys: pytest.CaptureFixture[str]
 def test_support_matrix_is_a_table_of_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     table = support_matrix()
     lines = table.splitlines()
-    assert lines[0] == "| operator | CPU float32 | CPU bfloat16 | CPU float64 | opt-in |"
+    assert lines[0] == "| operator | CPU float32 | CPU bfloat16 | CPU float64 | GPU float32 | GPU bfloat16 | opt-in |"
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == [op.name for op in OPERATORS]
-    both = "native, blocked, reference"
-    assert f"| select_blocks | {both} | {both} | reference |  |" in lines
+    cpu, gpu = "native, blocked, reference", "triton, reference"
+    assert f"| select_blocks | {cpu} | {cpu} | reference | {gpu} | {gpu} |  |" in lines
     assert len({line.count("|") for line in lines}) == 1
     monkeypatch.setattr("openm3.ops.dispatch.missing_compiler", lambda: "no compiler here")
     monkeypatch.setattr("openm3.ops.native.missing", lambda: "not compiled")
+    monkeypatch.setattr("openm3.ops.triton.missing", lambda: "not installed")
     assert support_matrix() == table

@@ -1,17 +1,15 @@
 """Block selection in Triton: the reference's blocks, through every tile, on a GPU or in Triton's interpreter."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import openm3
-from openm3.ops import triton
 from openm3.ops.cases import PACKED, Packed, PackedCase, packed
 from openm3.ops.index import SELECT_BLOCKS
-
-H200 = triton.Machine(processors=132, shared_bytes=227 << 10)
+from openm3.ops.triton import HOPPER
 
 
 def selected(case: PackedCase, p: Packed, device: torch.device) -> Tensor:
@@ -53,10 +51,11 @@ def test_many_programs_select_what_one_does(
     from openm3.ops.index import triton as kernels
 
     case, p = named(name), packed(named(name))
-    monkeypatch.setattr(kernels, "machine", lambda _device: H200)
+    monkeypatch.setattr(kernels, "machine", lambda _device: HOPPER)
     monkeypatch.setattr(kernels, "WORKSPACE", 100)
-    select_tiles = kernels.select_tiles
-    monkeypatch.setattr(kernels, "select_tiles", lambda *args: replace(select_tiles(*args), rows=32, blocks=4))
+    choice_tiles = kernels.choice_tiles
+    small = {"rows": 8, "depth": 2, "groups": 8, "candidates": 4}
+    monkeypatch.setattr(kernels, "choice_tiles", lambda *args: replace(choice_tiles(*args), **small))
     assert torch.equal(selected(case, p, triton_device), wanted(case, p))
 
 
@@ -95,19 +94,68 @@ def test_refusals(triton_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "rows", "split"),
+    ("call", "page_bytes", "wanted"),
     [
-        ((512, 1, 1, 8192), 128, 31),
-        ((8192, 1, 4, 8192), 128, 64),
-        ((64, 64, 4, 1024), 16, 15),
-        ((1, 1, 1, 8192), 16, 7),
-        ((32, 4, 20, 100), 128, 4),
+        # A chunk of 512 and one of 8192 tokens behind a million, 64 decoding requests, one, and short prompts.
+        ((512, 1, 1, 8192), 32 << 10, (128, 128, 32, 8, 3)),
+        ((8192, 1, 4, 8192), 32 << 10, (32, 128, 64, 8, 3)),
+        ((64, 64, 4, 1024), 32 << 10, (4, 16, 64, 4, 5)),
+        ((64, 64, 4, 1024), 16 << 10, (4, 16, 64, 4, 5)),
+        ((1, 1, 1, 8192), 16 << 10, (16, 16, 16, 4, 5)),
+        ((8, 1, 4, 8192), 16 << 10, (8, 32, 16, 4, 5)),
+        ((32, 4, 20, 100), 32 << 10, (6, 128, 4, 8, 3)),
     ],
 )
-def test_tiles_fill_the_machine(call: tuple[int, ...], rows: int, split: int, triton_device: torch.device) -> None:
+def test_tiles_fill_the_machine(
+    call: tuple[int, ...], page_bytes: int, wanted: tuple[int, ...], triton_device: torch.device
+) -> None:
     from openm3.ops.index import triton as kernels
 
-    tiles = kernels.score_tiles(*call, 128 * 128 * 2, False, H200)
-    assert (tiles.rows, tiles.split) == (rows, split)
-    assert tiles.tokens * call[2] <= rows
-    assert kernels.score_tiles(*call, 128 * 128 * 4, True, H200).rows <= 32
+    tiles = kernels.scan_tiles(*call, page_bytes, False, HOPPER)
+    assert astuple(tiles) == wanted
+    assert kernels.scan_tiles(*call, 2 * page_bytes, True, HOPPER).rows <= 32
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        ((512, 8192, 16), (1, 16, 256, 8, 128)),
+        ((256, 1024, 16), (1, 4, 256, 2, 128)),
+        ((32768, 256, 16), (16, 1, 256, 8, 128)),
+        ((4, 9000, 300), (1, 2, 2048, 8, 128)),
+    ],
+)
+def test_choice_tiles(call: tuple[int, ...], wanted: tuple[int, ...], triton_device: torch.device) -> None:
+    from openm3.ops.index import triton as kernels
+
+    assert astuple(kernels.choice_tiles(*call, HOPPER)) == wanted
+
+
+def test_ties_everywhere_in_several_ranges(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block is a candidate, and the smallest are taken; one that is better is taken too."""
+    from openm3.ops.index import triton as kernels
+
+    monkeypatch.setattr(kernels, "choice_tiles", lambda *_args: kernels.ChoiceTiles(4, 2, 16, 1, candidates=8))
+    case = PackedCase(name="", num_tokens=(2,), lengths=(90 * 128,), num_groups=1, index_values="equal")
+    p = packed(case)
+    p.index_k_MBJ[p.page_RP[0, 77].long()] = 2.0
+    assert selected(case, p, triton_device).tolist() == [[[0, 1, 77, 89]]] * 2
+
+
+def test_the_workspace_is_bounded(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go through it a few at a time, or one where not even one fits."""
+    from openm3.ops.index import triton as kernels
+
+    case, p = named("block_edges"), packed(named("block_edges"))
+    sizes, choose = [], kernels._choose
+
+    def watch(batch: kernels.Batch, codes: object, work: kernels.Workspace, *rest: object) -> None:
+        sizes.append(work.low_XP.numel() + work.candidate_XP.numel())
+        choose(batch, codes, work, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels, "_choose", watch)
+    for most, chunks in ((200, 3), (1, 8)):
+        monkeypatch.setattr(kernels, "WORKSPACE", most)
+        sizes.clear()
+        assert torch.equal(selected(case, p, triton_device), wanted(case, p))
+        assert len(sizes) == chunks and max(sizes) <= max(most, 2 * 2 * 16)

@@ -92,17 +92,22 @@ def render(report: dict[str, Any]) -> str:
 
 
 def support_matrix() -> str:
-    """Markdown: each operator's implementations on the CPU, by dtype; on every machine as if native code were there."""
-    calls = {dtype: typical_calls(torch.device("cpu"), dtype) for dtype in DTYPES}
-    heads = [f"CPU {str(dtype).removeprefix('torch.')}" for dtype in DTYPES]
-    lines = [_row("operator", *heads, "opt-in"), _row(*["---"] * (len(heads) + 2))]
-    for operator in OPERATORS:
-        fixed = [i for i in operator.implementations if not i.opt_in]
-        cells = [
-            ", ".join(i.name for i in fixed if i.supports(*call[operator.name]) in (None, native.missing()))
-            for call in calls.values()
-        ]
-        lines.append(_row(operator.name, *cells, ", ".join(i.name for i in operator.implementations if i.opt_in)))
+    """Markdown: each operator's implementations by device and dtype, as if native code, Triton and a GPU were there."""
+    with triton.elsewhere(triton.HOPPER):
+        calls = {
+            f"{name} {str(dtype).removeprefix('torch.')}": typical_calls(torch.device(device), dtype)
+            for name, device in (("CPU", "cpu"), ("GPU", "meta"))
+            for dtype in DTYPES
+            if (device, dtype) != ("meta", torch.float64)
+        }
+        there = {None, native.missing(), triton.missing()}
+        lines = [_row("operator", *calls, "opt-in"), _row(*["---"] * (len(calls) + 2))]
+        for operator in OPERATORS:
+            fixed = [i for i in operator.implementations if not i.opt_in]
+            cells = [
+                ", ".join(i.name for i in fixed if i.supports(*call[operator.name]) in there) for call in calls.values()
+            ]
+            lines.append(_row(operator.name, *cells, ", ".join(i.name for i in operator.implementations if i.opt_in)))
     return "\n".join(lines)
 
 

@@ -31,14 +31,21 @@ from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import blocked, native, reference
 from openm3.ops.native import missing, on_huge_pages
 from openm3.ops.triton import implementation as in_triton
+from openm3.ops.triton import refused_device
+
+CPU = torch.device("cpu")
 
 
 class IndexCodes(NamedTuple):
     """Index keys in one byte a number, and how far off that is at most, page by page.
 
-    `code_MC` (uint8) holds M pages in tiles of 16 keys x 4 numbers, biased by 128; `bound_M3` (float32) the page's
-    scale, the largest norm of what its codes lose, and the largest norm of its coded keys. An infinite bound says that
-    nothing is known.
+    The dtype of `code_MC` says how a page lies in its C bytes, as whoever scans it wants it:
+
+    - uint8, for CPUs: tiles of 16 keys x 4 numbers, biased by 128, the keys made up to a multiple of 4 numbers;
+    - int8, for Triton: a row for each key, made up with zeros to a multiple of 16 numbers.
+
+    `bound_M3` (float32) holds the page's scale, the largest norm of what its codes lose, and the largest norm of its
+    coded keys. An infinite bound says that nothing is known.
     """
 
     code_MC: Tensor
@@ -59,6 +66,7 @@ ENCODE_PAGES = Operator(
     "encode_pages",
     (
         Implementation("native", native.supports_encoding, native.encode_pages),
+        in_triton("index", "encode_pages"),
         Implementation("reference", always, reference.encode_pages),
     ),
 )
@@ -88,21 +96,26 @@ def select_blocks(
 def new_codes(index_k_MBJ: Tensor) -> IndexCodes | None:
     """Codes of a fresh pool, None where nothing would scan them. Whoever writes pages keeps them true."""
     codes = empty_codes(index_k_MBJ)
-    slot_T = torch.zeros(0, dtype=torch.long)
-    return codes if native.supports_encoding(index_k_MBJ, slot_T, codes) is None else None
+    slot_T = torch.zeros(0, dtype=torch.long, device=index_k_MBJ.device)
+    return None if ENCODE_PAGES.choose(index_k_MBJ, slot_T, codes).name == "reference" else codes
 
 
 def empty_codes(index_k_MBJ: Tensor) -> IndexCodes:
-    """Codes that know nothing of these pages yet."""
-    pages, block_size, width = index_k_MBJ.shape
-    shape, device = (pages, block_size * -(-width // 4) * 4), index_k_MBJ.device
+    """Codes that know nothing of these pages yet, as implementations for their device keep them."""
+    (pages, block_size, width), device = index_k_MBJ.shape, index_k_MBJ.device
     unknown = torch.tensor([0.0, torch.inf, 0.0], device=device)
-    code_MC = on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=device))
-    return IndexCodes(code_MC.fill_(128), unknown.repeat(pages, 1))
+    if refused_device(index_k_MBJ) is None:
+        code_MC = torch.zeros((pages, block_size * -(-width // 16) * 16), dtype=torch.int8, device=device)
+    else:
+        shape = (pages, block_size * -(-width // 4) * 4)
+        code_MC = on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=device)).fill_(128)
+    return IndexCodes(code_MC, unknown.repeat(pages, 1))
 
 
-def code_bytes(block_size: int, width: int) -> int:
-    """What the codes of one page take, 0 where there are none."""
+def code_bytes(block_size: int, width: int, device: torch.device = CPU) -> int:
+    """What the codes of one page take on a device, 0 where there are none."""
+    if device.type == "cuda":
+        return block_size * -(-width // 16) * 16 + 12
     return 0 if missing() is not None else block_size * -(-width // 4) * 4 + 12
 
 

@@ -87,14 +87,20 @@ def supports(
     num_local: int,
     codes: IndexCodes | None = None,
 ) -> str | None:
-    return native.refusal(index_q_TGJ, index_k_MBJ) or _whole_tiles(index_k_MBJ)
+    return native.refusal(index_q_TGJ, index_k_MBJ) or _whole_tiles(index_k_MBJ) or _own_layout(codes)
 
 
 def supports_encoding(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> str | None:
-    return native.refusal(index_k_MBJ) or _whole_tiles(index_k_MBJ)
+    return native.refusal(index_k_MBJ) or _whole_tiles(index_k_MBJ) or _own_layout(codes)
 
 
 def _whole_tiles(index_k_MBJ: Tensor) -> str | None:
     if index_k_MBJ.shape[1] % TILE:
         return f"needs blocks of a multiple of {TILE} tokens, not {index_k_MBJ.shape[1]}"
     return None
+
+
+def _own_layout(codes: IndexCodes | None) -> str | None:
+    if codes is None or codes.code_MC.dtype == torch.uint8:
+        return None
+    return f"takes codes in tiles (uint8), not {str(codes.code_MC.dtype).removeprefix('torch.')}"

@@ -86,4 +86,6 @@ def _chunks(
 
 def encode_pages(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> None:
     """Nothing is known of the pages: infinite bounds, so that whoever scans codes looks at every key itself."""
-    codes.bound_M3[slot_T.long() // index_k_MBJ.shape[1]] = torch.tensor([0.0, torch.inf, 0.0])
+    page_T = slot_T.long() // index_k_MBJ.shape[1]
+    codes.bound_M3[page_T] = 0.0
+    codes.bound_M3[page_T, 1] = torch.inf

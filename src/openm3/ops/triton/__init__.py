@@ -58,7 +58,9 @@ def implementation(operator: str, name: str) -> Implementation:
         return reason or loaded(f"supports_{name}")(*args)
 
     def run(*args: Any) -> Any:
-        return loaded(name)(*args)
+        # Launches go to the current device, whatever their arguments' is.
+        with torch.cuda.device_of(next(_tensors(args))):
+            return loaded(name)(*args)
 
     return Implementation("triton", supports, run)
 

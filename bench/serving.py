@@ -8,12 +8,13 @@
     pip install transformers==5.23.0
     python bench/serving.py [--model PATH] [--rounds N]
 
-Prompts are random tokens, weights and cache float32. The last line of the output is one JSON object.
+Prompts are source code, weights and cache float32. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import random
@@ -32,14 +33,28 @@ from openm3.eval.bench_model import fill
 from openm3.model.model import Model, load
 from openm3.model.session import Session
 from openm3.ops.dispatch import timed
+from openm3.train.corpus import standard_library
 
 BATCH, PREFIX, TURN, CACHED = 16, 8192, 500, 128 << 10
 GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
 
 
+@functools.cache
+def text(model: Model) -> list[int]:
+    """Source code that m3-tiny was not trained on."""
+    ids: list[int] = []
+    for source in standard_library(held_out=True, tests=False):
+        ids += model.tokenizer.encode(source.text)
+        if len(ids) > 300_000:
+            break
+    return ids
+
+
 def words(model: Model, count: int, seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(model.tokenizer.vocab_size) for _ in range(count)]
+    """Some of it, from a place that the seed chooses."""
+    ids = text(model)
+    first = random.Random(seed).randrange(len(ids) - count)
+    return ids[first : first + count]
 
 
 def first_tokens(model: Model) -> dict[str, float]:
@@ -137,49 +152,48 @@ def theirs(model: Model) -> Callable[[list[list[int]]], tuple[float, list[list[i
     return generate
 
 
+def against_transformers(model: Model, rounds: int) -> dict[str, float]:
+    """Tokens a second of both, and the part of the tokens that are the same."""
+    prompts, generate = [words(model, 8192, 100 + i) for i in range(8)], theirs(model)
+    seconds: dict[str, list[float]] = {"openm3": [], "transformers": []}
+    for _ in range(rounds):
+        spent, mine = ours(model, prompts)
+        seconds["openm3"].append(spent)
+        spent, its = generate(prompts)
+        seconds["transformers"].append(spent)
+    written = len(prompts) * GREEDY.max_tokens
+    same = sum(a == b for row, other in zip(mine, its, strict=True) for a, b in zip(row, other, strict=True))
+    return {name: written / statistics.median(times) for name, times in seconds.items()} | {"same": same / written}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="m3-tiny", metavar="PATH", help="checkpoint folder, or m3-tiny (default)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns a median is taken of (default: 3)")
     args = parser.parse_args()
     model = load(args.model)
-    rounds = range(args.rounds)
-    found: dict[str, Any] = {"benchmark": "serving", "model": model.name, "threads": torch.get_num_threads()}
-    firsts = [first_tokens(model) for _ in rounds]
-    found["first_token"] = {name: statistics.median(run[name] for run in firsts) for name in firsts[0]}
-    decoded = [{batch: decoding(model, batch) for batch in (1, BATCH)} for _ in rounds]
-    for batch in (1, BATCH):
-        found[f"decode_{batch}"] = {
-            name: statistics.median(run[batch][name] for run in decoded) for name in decoded[0][1]
-        }
-    found["turn"] = turn(model)
-    f, one, many = found["first_token"], found["decode_1"], found[f"decode_{BATCH}"]
-    print(f"first token behind {PREFIX:,} cached tokens: alone {f['alone'] / f['cold']:.1%} of the cold one's "
-          f"{f['cold']:.2f} s, {BATCH - 1} together {f['together'] / f['cold']:.1%}")  # fmt: skip
-    print(f"decoding: {one['tokens_per_second']:,.0f} tokens a second, {BATCH} at a time "
-          f"{many['tokens_per_second']:,.0f}, {many['tokens_per_second'] / one['tokens_per_second']:.1f}x; "
-          f"outside of operators {many['outside_operators']:.1%}")  # fmt: skip
-    print(f"{TURN} tokens behind {CACHED:,}: {found['turn']['whole']:.2f} s, "
-          f"{found['turn']['whole'] / found['turn']['operators']:.2f}x its operators")  # fmt: skip
+
+    def median(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        runs = [measure() for _ in range(args.rounds)]
+        return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+    first, one = median(lambda: first_tokens(model)), median(lambda: decoding(model, 1))
+    many, behind = median(lambda: decoding(model, BATCH)), turn(model)
+    speeds = one["tokens_per_second"], many["tokens_per_second"]
+    cold, cached, together = (first[name] for name in ("cold", "alone", "together"))
+    print(f"first token behind {PREFIX:,} tokens: {cold:.2f} s cold, cached {cached / cold:.1%} of that;")
+    print(f"{together / cold:.1%} each when {BATCH - 1} come together")
+    print(f"decoding: {speeds[0]:,.0f} tokens a second, {speeds[1]:,.0f} for {BATCH}: {speeds[1] / speeds[0]:.1f}x;")
+    print(f"outside of operators {one['outside_operators']:.1%} and {many['outside_operators']:.1%} of a step")
+    ratio = behind["whole"] / behind["operators"]
+    print(f"{TURN} tokens behind {CACHED:,}: {behind['whole']:.2f} s, {ratio:.2f}x the time of their operators")
+    found = {"first_token": first, "decode_1": one, f"decode_{BATCH}": many, "turn": behind}
     if importlib.util.find_spec("transformers") is not None:
-        prompts = [words(model, 8192, 100 + i) for i in range(8)]
-        generate, seconds = theirs(model), {"openm3": [], "transformers": []}
-        for _ in rounds:
-            for name, way in (("openm3", lambda p: ours(model, p)), ("transformers", generate)):
-                spent, replies = way(prompts)
-                seconds[name].append(spent)
-                found.setdefault("replies", {})[name] = replies
-        mine, its = (found["replies"].pop(name) for name in ("openm3", "transformers"))
-        found.pop("replies")
-        same = sum(a == b for row, other in zip(mine, its, strict=True) for a, b in zip(row, other, strict=True))
-        found["against_transformers"] = {
-            **{name: 8 * GREEDY.max_tokens / statistics.median(times) for name, times in seconds.items()},
-            "same_tokens": same / (8 * GREEDY.max_tokens),
-        }
-        t = found["against_transformers"]
-        print(f"8 prompts of 8K: {t['openm3']:.1f} tokens a second, transformers {t['transformers']:.1f}, "
-              f"{t['openm3'] / t['transformers']:.1f}x; {t['same_tokens']:.0%} of the tokens are the same")  # fmt: skip
-    print(json.dumps(found))
+        both = found["against_transformers"] = against_transformers(model, args.rounds)
+        mine, its = both["openm3"], both["transformers"]
+        print(f"8 prompts of 8K: {mine:.1f} tokens a second, transformers {its:.1f}, {mine / its:.1f}x;")
+        print(f"{both['same']:.0%} of the tokens are the same")
+    print(json.dumps({"benchmark": "serving", "model": model.name, "threads": torch.get_num_threads(), **found}))
 
 
 if __name__ == "__main__":

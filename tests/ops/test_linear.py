@@ -73,7 +73,7 @@ def test_native_levels(level: str, kind: str, shape: tuple[int, int, int], dtype
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [0, 1, 2, 4])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 4, 16])
 def test_several_weights_in_one_call_are_one_after_another(tokens: int, dtype: torch.dtype) -> None:
     x_TD = torch.randn(tokens, 2 * 96)[:, ::2].to(dtype)
     weights = [made((1, outputs, 96), kind, dtype)[1] for outputs, kind in zip((1, 300, 40, 8), KINDS, strict=True)]
@@ -83,10 +83,10 @@ def test_several_weights_in_one_call_are_one_after_another(tokens: int, dtype: t
 
 
 def test_several_weights_go_one_by_one_where_native_code_gains_nothing() -> None:
-    x_TD, weights = torch.randn(5, 32), [torch.randn(8, 32), torch.randn(3, 32)]
+    x_TD, weights = torch.randn(17, 32), [torch.randn(8, 32), torch.randn(3, 32)]
     assert LINEAR_EACH.choose(x_TD, weights).name == "reference"
     assert all(torch.equal(out, linear(x_TD, w)) for out, w in zip(linear_each(x_TD, weights), weights, strict=True))
-    with pytest.raises(ValueError, match=r"x \[5, 32\] and weight \[3, 31\]"):
+    with pytest.raises(ValueError, match=r"x \[17, 32\] and weight \[3, 31\]"):
         linear_each(x_TD, [weights[0], weights[1][:, 1:]])
 
 

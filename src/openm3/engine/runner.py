@@ -5,6 +5,7 @@ The only part of the engine that holds tensors. Knows neither queues nor pages' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,14 +75,13 @@ class Runner:
         for row, (request, i, _) in enumerate(places):
             if request.num_output + i < request.params.min_tokens:
                 logit_SV[row, [*self._end_ids, *request.params.stop_ids]] = -torch.inf
-        best_S = logit_SV.max(-1)
-        id_S = best_S.indices
-        broken_S = ~best_S.values.isfinite()
-        if broken_S.any():
-            logit_SV = logit_SV.masked_fill(broken_S[:, None], 0.0)
+        best_S, id_S = logit_SV.max(-1)
+        broken = [not math.isfinite(best) for best in best_S.tolist()]
+        if any(broken):
+            logit_SV = logit_SV.masked_fill(torch.tensor(broken, device=logit_SV.device)[:, None], 0.0)
         if not all(request.params.plain for request in requests):
             id_S, _ = sample(logit_SV, *_sampling(places))
-        ids = id_S.masked_fill(broken_S, -1).tolist()
+        ids = [-1 if no_number else token for token, no_number in zip(id_S.tolist(), broken, strict=True)]
         chosen = _logprobs(logit_SV, ids, requests) if any(r.params.logprobs is not None for r in requests) else None
         drawn, first = [], 0
         for work in works:
@@ -96,20 +96,22 @@ def batch_of(works: Sequence[Work]) -> Batch:
     """A step's works as the network takes them."""
     ends = [work.first + work.count + len(work.draft) for work in works]
     page_RP = np.zeros((len(works), max(-(-end // BLOCK) for end in ends)), dtype=np.int32)
-    positions, slots = [], []
-    for row, (work, end) in enumerate(zip(works, ends, strict=True)):
-        num_pages = -(-end // BLOCK)
-        page_RP[row, :num_pages] = work.request.pages[:num_pages]
-        position_t = np.arange(work.first, end)
-        positions.append(position_t)
-        slots.append(page_RP[row, position_t // BLOCK].astype(np.int64) * BLOCK + position_t % BLOCK)
-    counts = [end - work.first for work, end in zip(works, ends, strict=True)]
+    ids: list[int] = []
+    starts = [0]
+    for row, work, end in zip(page_RP, works, ends, strict=True):
+        row[: -(-end // BLOCK)] = work.request.pages[: -(-end // BLOCK)]
+        ids += work.ids
+        starts.append(len(ids))
+    count_R = np.diff(starts)
+    row_T = np.repeat(np.arange(len(works)), count_R)
+    position_T = np.arange(len(ids)) + np.repeat(np.subtract(ends, starts[1:]), count_R)
+    slot_T = page_RP[row_T, position_T // BLOCK].astype(np.int64) * BLOCK + position_T % BLOCK
     return Batch(
-        ids_T=torch.tensor([i for work in works for i in work.ids]),
-        position_T=torch.from_numpy(np.concatenate(positions)),
-        slot_T=torch.from_numpy(np.concatenate(slots)),
+        ids_T=torch.tensor(ids),
+        position_T=torch.from_numpy(position_T),
+        slot_T=torch.from_numpy(slot_T),
         page_RP=torch.from_numpy(page_RP),
-        start_R1=torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)),
+        start_R1=torch.tensor(starts, dtype=torch.int32),
         length_R=torch.tensor(ends, dtype=torch.int32),
     )
 

@@ -296,10 +296,14 @@ std::vector<Task> tasks_of(const Call& call, const Packing& packing, std::size_t
                     if (parts > 1) partials += partial_floats(call, packing, tokens);
                 }
     }
+    // Requests often share pages. Their tasks on the same heads stand side by side, so that a page comes from memory once.
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
+        return a.group < b.group || (a.group == b.group && a.part < b.part);
+    });
     return tasks;
 }
 
-template <class T, class Q, class Many, class Few = Many>
+template <class T, class Q, class Many, class Few>
 void attention_with(const Call& call) {
     const Packing packing(call.heads_per_group());
     std::size_t partials = 0;
@@ -317,12 +321,9 @@ void attention_with(const Call& call) {
         [[maybe_unused]] const typename Many::Session session;
 #pragma omp for schedule(dynamic)
         for (std::int64_t i = 0; i < count; i++) {
-            if constexpr (!std::is_same_v<Many, Few>)
-                if (packing.count(tasks[i].tokens) <= Few::MAX_VECTORS && Few::takes(call)) {
-                    run(Tile<T, Q, Few>(call, tasks[i], packing, scratch), tasks[i]);
-                    continue;
-                }
-            run(Tile<T, Q, Many>(call, tasks[i], packing, scratch), tasks[i]);
+            const int rows = tasks[i].tokens * packing.heads;
+            if (Few::takes(call, packing.count(tasks[i].tokens), rows)) run(Tile<T, Q, Few>(call, tasks[i], packing, scratch), tasks[i]);
+            else run(Tile<T, Q, Many>(call, tasks[i], packing, scratch), tasks[i]);
         }
 #pragma omp for schedule(dynamic)
         for (std::int64_t i = 0; i < count; i++) {
@@ -341,7 +342,7 @@ void attention(const Call& call) {
     if constexpr (std::is_same_v<T, bfloat16>)
         if (ManyRows<Q>::takes(call)) return attention_with<T, Q, ManyRows<Q>, FewRows<Q>>(call);
 #endif
-    attention_with<T, Q, VectorProducts<T, Q>>(call);
+    attention_with<T, Q, VectorProducts<T, Q>, RowProducts<T, Q>>(call);
 }
 
 // ---- Python

@@ -243,7 +243,9 @@ public:
     static constexpr int TOGETHER = 1;
     static constexpr int MAX_VECTORS = 3;
 
-    static bool takes(const Call& call) { return call.block % STEP == 0 && call.width % WIDE == 0; }
+    static bool takes(const Call& call, int vectors, int) {
+        return vectors <= MAX_VECTORS && call.block % STEP == 0 && call.width % WIDE == 0;
+    }
 
     FewRows(const Call& call, int vectors, Scratch& scratch)
         : Base(call, vectors, scratch),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openm3.ops import native
-from openm3.ops.linear.native import parts, refusal
+from openm3.ops.linear.native import FEW_TOGETHER, parts, refusal
 from openm3.ops.linear.native import supports as supports_linear
 from openm3.ops.linear.quantised import Weight
 
@@ -116,4 +116,4 @@ def supports_mixture(
 ) -> str | None:
     reason = supports_route(x_TD, *router, num_active) or refusal(x_TD, *routed)
     # Of x only dtype and rows count, which the second layer's input shares.
-    return reason or supports_linear(x_TD, shared[0]) or supports_linear(x_TD, shared[1])
+    return reason or next(filter(None, (supports_linear(x_TD, weight, FEW_TOGETHER) for weight in shared)), None)

@@ -331,3 +331,36 @@ def test_logits_that_are_no_numbers_end_one_reply(
         deltas = served.step()
     reply = deltas[whole].completion
     assert reply is not None and reply.ids == alone(model, words(31, 50), params).ids
+
+
+def test_an_interrupted_step_is_made_up_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was to begin with a copy of a page."""
+    served, prompt = engine(model), words(40, 700)
+    served.generate([prompt], GREEDY)
+    changed = prompt[:600] + words(41, 50)
+    number = served.add(changed, GREEDY)
+    run = served.runner.run
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(served.runner, "run", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            served.step()
+        served.scheduler.check()
+    monkeypatch.setattr(served.runner, "run", run)
+    completion = None
+    while completion is None:
+        completion = served.step()[number].completion if served.has_work else None
+    assert completion.ids == list(model.generate(changed, max_new_tokens=12))
+    assert served.pages.num_held == 0
+
+
+def test_an_abort_is_heard(model: Model) -> None:
+    served = engine(model)
+    stream = served.stream(words(42, 100), GREEDY)
+    next(stream)
+    (number,) = served._requests
+    served.abort(number)
+    assert [delta.finish_reason for delta in stream] == ["abort"]

@@ -1,9 +1,4 @@
-"""The engine for asyncio: a thread of its own steps it, and any number of tasks listen to replies.
-
-engine = AsyncEngine(Engine("m3-tiny"))
-async for delta in engine.stream(ids, SamplingParams(max_tokens=64)):
-    print(delta.text, end="")
-"""
+"""The engine for asyncio: a thread of its own steps it, and any number of tasks listen to replies."""
 
 from __future__ import annotations
 

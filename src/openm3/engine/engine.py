@@ -1,9 +1,4 @@
-"""The engine: many requests, one model. Each step schedules, runs, keeps the books and emits.
-
-engine = Engine("m3-tiny")
-for delta in engine.stream(ids, SamplingParams(max_tokens=64)):
-    print(delta.text, end="")
-"""
+"""The engine: many requests, one model. Each step schedules, runs, keeps the books and emits."""
 
 from __future__ import annotations
 
@@ -109,7 +104,11 @@ class Engine:
     def abort(self, number: int) -> Delta | None:
         """End a request at once; its last delta, None if it had ended already."""
         request = self._requests.get(number)
-        return None if request is None else self._finish(request, "abort", Delta([], ""))
+        if request is None:
+            return None
+        delta = self._finish(request, "abort", Delta([], ""))
+        self._tell(number, delta)
+        return delta
 
     @property
     def has_work(self) -> bool:
@@ -125,8 +124,13 @@ class Engine:
         for work in plan.works:
             if work.request.begun is None:
                 work.request.begun = begun
-        with self._probe.looking(plan) as looking:
-            drawn = self.runner.run(plan, self._probe if looking else None)
+        try:
+            with self._probe.looking(plan) as looking:
+                drawn = self.runner.run(plan, self._probe if looking else None)
+        except BaseException:
+            # Ctrl-C, say: what was to be computed is computed by the next step, but nobody knows what was copied.
+            self.scheduler.undo(plan)
+            raise
         now = self._clock()
         self.totals["seconds_running"] += now - begun
         self.scheduler.settle()
@@ -140,8 +144,7 @@ class Engine:
         if self.config.check:
             self.scheduler.check()
         for number, delta in deltas.items():
-            if number in self._heard:
-                self._heard[number].append(delta)
+            self._tell(number, delta)
         self.totals["seconds"] += self._clock() - entered
         return deltas
 
@@ -205,6 +208,10 @@ class Engine:
         finally:
             self.abort(number)
             self._heard.pop(number, None)
+
+    def _tell(self, number: int, delta: Delta) -> None:
+        if number in self._heard:
+            self._heard[number].append(delta)
 
     def _take(self, work: Work, drawn: Drawn, now: float) -> Delta:
         """Append what was drawn, as far as it follows from right draft tokens, and see whether the reply ends."""

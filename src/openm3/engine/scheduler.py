@@ -149,6 +149,13 @@ class Scheduler:
         self.pages.release(self._borrowed)
         self._borrowed = []
 
+    def undo(self, plan: Plan) -> None:
+        """Note that the last plan was not carried out to its end: pages that it copied hold nobody knows what."""
+        targets = {target for _, target in plan.copies}
+        for request in [r for r in self.running if targets.intersection(r.pages)]:
+            self._preempt(request, plan)
+        self.settle()
+
     def advance(self, work: Work, count: int) -> None:
         """Note that the keys of `count` tokens from `work.first` on are computed and right; publish full pages."""
         request = work.request

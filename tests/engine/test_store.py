@@ -26,6 +26,13 @@ def body(number: int) -> bytes:
     return random.Random(number).randbytes(SIZE)
 
 
+def load(pages: PageStore, number: int | bytes, size: int = SIZE) -> bytes | None:
+    """A page, read into two parts."""
+    room = bytearray(size)
+    parts = memoryview(room)[: size // 3], memoryview(room)[size // 3 :]
+    return bytes(room) if pages.load(key(number) if isinstance(number, int) else number, parts) else None
+
+
 def store(folder: Path, most_bytes: int = 1 << 30) -> PageStore:
     return PageStore(folder, "model", most_bytes=most_bytes)
 
@@ -37,8 +44,8 @@ def test_pages_come_back(tmp_path: Path) -> None:
     first.flush()
     second = store(tmp_path)
     for number in range(5):
-        assert second.has(key(number)) and bytes(second.load(key(number), SIZE) or b"") == body(number)
-    assert second.load(key(9), SIZE) is None and not second.has(key(9))
+        assert second.has(key(number)) and load(second, number) == body(number)
+    assert load(second, 9) is None and not second.has(key(9))
     assert (first.written, second.restored, second.damaged) == (5, 5, 0)
     assert not PageStore(tmp_path, "another model", most_bytes=1).has(key(0))
     first.close()
@@ -53,11 +60,11 @@ def test_damage_is_found_and_deleted(where: int, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[where] ^= 1
     path.write_bytes(data)
-    assert pages.load(key(1), SIZE) is None
+    assert load(pages, 1) is None
     assert pages.damaged == 1 and not path.exists()
     pages.save(key(1), [body(1)])
     pages.close()
-    assert bytes(pages.load(key(1), SIZE) or b"") == body(1)
+    assert load(pages, 1) == body(1)
 
 
 @pytest.mark.parametrize("length", [0, 20, 52, 3000])
@@ -67,7 +74,7 @@ def test_torn_files_are_found(length: int, tmp_path: Path) -> None:
     pages.close()
     (path,) = tmp_path.rglob("*.page")
     path.write_bytes(path.read_bytes()[:length])
-    assert pages.load(key(1), SIZE) is None and not path.exists()
+    assert load(pages, 1) is None and not path.exists()
 
 
 def test_a_page_under_another_name_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_a_page_under_another_name_is_not_taken_for_it(tmp_path: Path) -> None:
     pages.close()
     (path,) = tmp_path.rglob("*.page")
     path.rename(path.with_name((key(256 + 1)[:1] + key(7)[1:]).hex() + ".page"))
-    assert pages.load(key(257)[:1] + key(7)[1:], SIZE) is None
+    assert load(pages, key(257)[:1] + key(7)[1:]) is None
     assert pages.damaged == 1
 
 
@@ -87,7 +94,7 @@ def test_the_longest_untouched_pages_go_first(tmp_path: Path) -> None:
     pages.flush()
     for number, path in ((number, pages._path(key(number))) for number in range(9)):
         os.utime(path, (1000 + number, 1000 + number))
-    assert pages.load(key(0), SIZE) is not None
+    assert load(pages, 0) is not None
     for number in range(9, 12):
         pages.save(key(number), [body(number)])
     pages.close()
@@ -144,5 +151,13 @@ def test_a_killed_writer_leaves_whole_pages(tmp_path: Path) -> None:
     found = [number for number in range(60_000) if pages.has(key(number))]
     assert len(found) > 20
     for number in found:
-        assert bytes(pages.load(key(number), SIZE) or b"") == body(number)
+        assert load(pages, number) == body(number)
     assert pages.damaged == 0
+
+
+@pytest.mark.parametrize("size", [0, SIZE - 1, SIZE + 1])
+def test_pages_of_another_size_are_damage(size: int, tmp_path: Path) -> None:
+    pages = store(tmp_path)
+    pages.save(key(1), [body(1)])
+    pages.close()
+    assert load(pages, 1, size) is None and pages.damaged == 1

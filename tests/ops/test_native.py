@@ -135,3 +135,14 @@ def test_huge_pages_are_asked_for_and_nothing_is_lost() -> None:
         elif inside and line.startswith("VmFlags"):
             flags = line
     assert "hg" in flags.split()
+
+
+def test_blank_tensors_are_zeros_that_begin_on_a_line_or_a_huge_page() -> None:
+    cpu = torch.device("cpu")
+    for shape, dtype, align in (((3, 5), torch.bfloat16, 64), ((1000, 700), torch.float32, native.HUGE)):
+        x = native.blank(shape, dtype, cpu)
+        assert (tuple(x.shape), x.dtype, x.is_contiguous()) == (shape, dtype, True)
+        assert x.data_ptr() % align == 0 and not x.any()
+        x.fill_(1)
+        assert float(x.sum()) == x.numel()
+    assert native.blank((0, 4), torch.uint8, cpu).shape == (0, 4)

@@ -155,12 +155,10 @@ class Conversation:
     def _restore(self, hashes: Sequence[bytes], session: Session, on_page: Callable[[], None]) -> None:
         """Go on from the whole pages in the folder, as far as they reach beyond what the session holds."""
         first = session.length // BLOCK
-        for page, key in enumerate(hashes[first:], first):
-            assert self._archive is not None
-            if not self._archive.restore(key, session.pools, page):
-                return
-            session.length = (page + 1) * BLOCK
-            on_page()
+        if self._archive is not None:
+            for page in self._archive.restore_all(hashes[first:], session.pools, first):
+                session.length = (page + 1) * BLOCK
+                on_page()
 
     def _keep(self, hashes: Sequence[bytes], session: Session) -> None:
         """Have the pages written that have become full."""

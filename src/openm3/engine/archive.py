@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 from openm3.engine.store import PageStore
 from openm3.model.network import Network
 from openm3.ops.cache import Pool
+
+READERS = 4
+"""Threads that restore pages: reading waits for the disk, and for memory that is touched for the first time."""
 
 FORMAT = 1
 """Raise it whenever a page of the same tokens comes to hold something else."""
@@ -33,15 +38,26 @@ class Archive:
     def restore(self, key: bytes, pools: Sequence[Pool], page: int) -> bool:
         """Fill a page with what was kept under a hash; False if there is nothing, or nothing whole."""
         targets = [x[page] for x in _tensors(pools)]
-        data = self.store.load(key, sum(target.nbytes for target in targets))
-        if data is None:
+        # Straight into the pool where the host can reach it.
+        staged = [
+            x if x.is_cpu and x.is_contiguous() else torch.empty_like(x, device="cpu").contiguous() for x in targets
+        ]
+        if not self.store.load(key, [x.view(-1).view(torch.uint8).numpy().data for x in staged]):
             return False
-        first = 0
-        for target in targets:
-            part = torch.frombuffer(data[first : first + target.nbytes], dtype=target.dtype)
-            target.copy_(part.view(target.shape))
-            first += target.nbytes
+        for target, given in zip(targets, staged, strict=True):
+            if given is not target:
+                target.copy_(given)
         return True
+
+    def restore_all(self, keys: Sequence[bytes], pools: Sequence[Pool], first: int) -> Iterator[int]:
+        """Fill pages from `first` on, several at a time, as far as all of them are whole; yields each page filled."""
+        pages = range(first, first + len(keys))
+        readers = ThreadPoolExecutor(READERS, "openm3 page reader")
+        try:
+            done = readers.map(lambda key, page: self.restore(key, pools, page), keys, pages)
+            yield from (page for page, _ in takewhile(lambda pair: pair[1], zip(pages, done, strict=True)))
+        finally:
+            readers.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Write what is still to be written."""

@@ -8,6 +8,7 @@ touched when they are read, and beyond the size limit the longest untouched go f
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import struct
 import tempfile
@@ -44,6 +45,7 @@ class PageStore:
         self._sizes = sum(size for _, size, _ in self._files())
         self._waiting: Queue[tuple[bytes, bytes] | None] = Queue(_AHEAD)
         self._writer: threading.Thread | None = None
+        self._counting = threading.Lock()
         self.written = 0
         self.restored = 0
         self.damaged = 0
@@ -61,26 +63,43 @@ class PageStore:
             self._writer.start()
         self._waiting.put((key, b"".join(parts)))
 
-    def load(self, key: bytes, size: int) -> memoryview | None:
-        """The `size` bytes of a page, None if there are none, or none that are whole."""
+    def load(self, key: bytes, parts: Sequence[memoryview]) -> bool:
+        """Fill the parts, one after another, with a page; False if there is none, or none that is whole.
+
+        Then they hold anything. Memory is not allocated: that takes longer than reading. Several threads may load.
+        """
         path = self._path(key)
         try:
-            data = bytearray(path.stat().st_size)
-            with path.open("rb") as file:
-                file.readinto(data)
+            with path.open("rb", buffering=0) as file:
+                whole = self._is_whole(file, key, parts)
         except OSError:
-            return None
-        if len(data) == _HEADER.size + size:
-            magic, found, length, checksum = _HEADER.unpack_from(data)
-            body = memoryview(data)[_HEADER.size :]
-            if (magic, found, length, checksum) == (_MAGIC, key, size, zlib.crc32(body)):
-                with contextlib.suppress(OSError):
-                    os.utime(path)
-                self.restored += 1
-                return body
-        self.damaged += 1
-        self._delete(path)
-        return None
+            return False
+        with self._counting:
+            self.restored += whole
+            self.damaged += not whole
+        if not whole:
+            self._delete(path)
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return True
+
+    @staticmethod
+    def _is_whole(file: io.FileIO, key: bytes, parts: Sequence[memoryview]) -> bool:
+        size = sum(part.nbytes for part in parts)
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or os.fstat(file.fileno()).st_size != _HEADER.size + size:
+            return False
+        checksum = 0
+        for part in parts:
+            done = 0
+            while done < part.nbytes:
+                count = file.readinto(part[done:])
+                if not count:
+                    return False
+                done += count
+            checksum = zlib.crc32(part, checksum)
+        return header == _HEADER.pack(_MAGIC, key, size, checksum)
 
     def flush(self) -> None:
         """Wait until everything saved so far is written."""

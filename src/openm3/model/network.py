@@ -15,7 +15,7 @@ from openm3.model.moe import Mlp, Moe
 from openm3.ops.cache import Pool
 from openm3.ops.index import new_codes
 from openm3.ops.linear import linear
-from openm3.ops.native import on_huge_pages
+from openm3.ops.native import blank
 from openm3.ops.norm import rms_norm, rotary_table
 
 
@@ -82,10 +82,10 @@ class Network(nn.Module):
         pools = []
         for kind in c.layer_types:
             shape = (num_pages, c.num_groups, BLOCK, c.head_dim)
-            k_MGBH, v_MGBH = (on_huge_pages(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2))
+            k_MGBH, v_MGBH = (blank(shape, dtype, device) for _ in range(2))
             index_k_MBJ = codes = None
             if kind == "sparse":
-                index_k_MBJ = on_huge_pages(torch.zeros((num_pages, BLOCK, c.index_dim), dtype=dtype, device=device))
+                index_k_MBJ = blank((num_pages, BLOCK, c.index_dim), dtype, device)
                 codes = new_codes(index_k_MBJ)
             pools.append(Pool(k_MGBH, v_MGBH, index_k_MBJ, codes))
         return pools

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from openm3.ops.dispatch import Implementation, Operator, always
 from openm3.ops.index import blocked, native, reference
-from openm3.ops.native import missing, on_huge_pages
+from openm3.ops.native import blank, missing
 from openm3.ops.triton import implementation as in_triton
 from openm3.ops.triton import refused_device
 
@@ -107,8 +107,7 @@ def empty_codes(index_k_MBJ: Tensor) -> IndexCodes:
     if refused_device(index_k_MBJ) is None:
         code_MC = torch.zeros((pages, block_size * -(-width // 16) * 16), dtype=torch.int8, device=device)
     else:
-        shape = (pages, block_size * -(-width // 4) * 4)
-        code_MC = on_huge_pages(torch.empty(shape, dtype=torch.uint8, device=device)).fill_(128)
+        code_MC = blank((pages, block_size * -(-width // 4) * 4), torch.uint8, device)
     return IndexCodes(code_MC, unknown.repeat(pages, 1))
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +22,9 @@ LEVELS = ("amx", "avx512_vnni", "avx512", "avx2", "portable")
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What the kernels take."""
+
+HUGE = 2 << 20
+"""Bytes of a huge page."""
 
 
 @functools.cache
@@ -87,6 +93,20 @@ def on_huge_pages(x: Tensor) -> Tensor:
     if missing() is None and x.device.type == "cpu":
         loaded().prefer_huge_pages(x)
     return x
+
+
+def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU they take memory only where they are written to, in huge pages, beginning with one.
+
+    `torch.zeros` writes them all at once, in small pages.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    align = HUGE if num_bytes >= HUGE else 64
+    room = np.zeros(num_bytes + align, dtype=np.uint8)
+    first = -room.ctypes.data % align
+    return on_huge_pages(torch.from_numpy(room[first : first + num_bytes]).view(dtype).view(list(shape)))
 
 
 def described() -> str:

@@ -24,16 +24,16 @@ step() { # SECONDS NAME COMMAND...: its output goes to a file, of which the end 
 }
 
 # -p no:cacheprovider: the tree may be read-only. A worker a core compiles the kernels side by side.
-step 150 tests "$python" -m pytest -q -p no:cacheprovider -n "$(($(nproc) < 8 ? $(nproc) : 8))" tests/ops tests/model/test_replay.py -k "triton or replay"
+step 140 tests "$python" -m pytest -q -p no:cacheprovider -n "$(($(nproc) < 16 ? $(nproc) : 16))" tests/ops tests/model/test_replay.py -k "triton or replay"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step 60 $tool compute-sanitizer --tool $tool --error-exitcode 1 "$python" bench/gpu/small.py
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step 45 $tool compute-sanitizer --tool $tool --error-exitcode 1 "$python" bench/gpu/small.py
     done
 else
     echo "== no compute-sanitizer here: memory and races are not checked"
 fi
 profile=()
 if [[ -n ${PROFILE:-} ]]; then profile=(--profile "$out"); fi
-step 60 decoding "$python" bench/gpu/decoding.py
+step 40 decoding "$python" bench/gpu/decoding.py
 SHOWN=40 step 200 operators "$python" bench/gpu/operators.py --out "$out/operators.json" "${profile[@]}"
 exit $failed

@@ -73,8 +73,8 @@ def first_tokens(model: Model) -> dict[str, float]:
 
 
 def decoding(model: Model, batch: int, steps: int = 30) -> dict[str, float]:
-    """Tokens a second of some requests behind one prefix, and the part of a step outside of operators."""
-    engine = Engine(model, EngineConfig(cache_tokens=60_000))
+    """Tokens a second of requests behind one prefix, without drafts, and the part of a step outside of operators."""
+    engine = Engine(model, EngineConfig(cache_tokens=60_000, draft_tokens=0))
     prefix = words(model, PREFIX, 1)
     engine.generate([prefix], SamplingParams(max_tokens=1))
     for i in range(batch):

@@ -102,7 +102,7 @@ def _add_bench_engine(subjects: Commands) -> None:
     parser.add_argument("--requests", metavar="N", type=positive, help="requests of each (default: its own number)")
     parser.add_argument("--rate", metavar="R", type=rate, help="requests a second (default: the workload's own rate)")
     parser.add_argument(
-        "--draft-tokens", metavar="N", type=int, default=0, help="tokens proposed ahead from the text (default: 0)"
+        "--draft-tokens", metavar="N", type=int, default=8, help="tokens proposed ahead from the text (default: 8)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of prompts and arrivals (default: 0)")
     add_model(parser)

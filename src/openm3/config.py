@@ -131,9 +131,9 @@ class EngineConfig:
     The pool of keys and values holds `cache_tokens` tokens, or takes `cache_bytes`, or else `memory_share` of the
     memory that is free. A step computes at most `step_tokens` tokens of at most `max_requests` requests; `max_waiting`
     more may wait. `prefix_cache` lets prompts that begin alike share pages; with `cache_dir` full pages also stay in
-    that folder, up to `cache_dir_bytes`, and found again by later engines. `draft_tokens` is how many tokens are
-    proposed ahead from the text so far and verified in one step; they change no reply. `check` verifies after every
-    step that no page is lost. Raises ConfigError for impossible values.
+    that folder, up to `cache_dir_bytes`, and found again by later engines. Up to `draft_tokens` tokens
+    are proposed ahead from the text so far and verified in one step, while few requests write; they change no reply.
+    `check` verifies after every step that no page is lost. Raises ConfigError for impossible values.
     """
 
     cache_tokens: int | None = None
@@ -145,7 +145,7 @@ class EngineConfig:
     prefix_cache: bool = True
     cache_dir: str | Path | None = None
     cache_dir_bytes: int = 64 << 30
-    draft_tokens: int = 0
+    draft_tokens: int = 8
     check: bool = False
 
     def __post_init__(self) -> None:

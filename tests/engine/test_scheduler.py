@@ -206,6 +206,19 @@ def test_draft_tokens_fit_into_budget_reply_and_free_pages() -> None:
     assert work.ids == [1, 0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("writers", "drafts"), [(1, 15), (2, 7), (5, 2), (8, 1), (9, 0), (16, 0)])
+def test_the_more_requests_write_the_fewer_drafts_they_get(writers: int, drafts: int) -> None:
+    scheduler = make(max_requests=16)
+    requests = [request(number, words(number, 20), 60) for number in range(writers)]
+    for r in requests:
+        scheduler.add(r)
+    for work in scheduler.schedule().works:
+        work.request.ids.append(1)
+        scheduler.advance(work, work.count)
+    works = scheduler.schedule(lambda _: range(100)).works
+    assert [len(work.draft) for work in works] == [drafts] * writers
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_walks(seed: int, reuse: bool) -> None:

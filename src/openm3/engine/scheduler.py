@@ -19,6 +19,9 @@ from openm3.engine.request import Request
 LEAST_COPIED = 16
 """Tokens of a page's beginning that are worth a copy of the page."""
 
+WRITTEN_AT_ONCE = 16
+"""Tokens of those who write, drafts included, in a step: with more, a draft costs what it could save."""
+
 RESTORED_AT_ONCE = 64
 """Pages of a request that one step restores: others wait for them."""
 
@@ -127,7 +130,8 @@ class Scheduler:
         for request in writers:
             # One that comes earlier in this loop may have sent this one back to wait.
             if request in self.running and self._grow(request, len(request.ids), plan):
-                draft = self._draft(request, propose, budget) if propose is not None else ()
+                most = min(budget, WRITTEN_AT_ONCE // len(writers) - 1)
+                draft = self._draft(request, propose, most) if propose is not None else ()
                 plan.works.append(Work(request, request.computed, 1, draft))
                 budget -= len(draft)
         readers = [r for r in self.running if r.remaining > 1]

@@ -187,7 +187,7 @@ private:
 template <class T, class Q>
 class RowProducts {
 public:
-    static constexpr int TOGETHER = 1, MAX_ROWS = 4;
+    static constexpr int TOGETHER = 1, MAX_ROWS = 6;
 
     struct Session {};
 

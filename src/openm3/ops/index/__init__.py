@@ -22,6 +22,7 @@ Source: MiniMax Sparse Attention, equations 6 and 7; the order among equals is o
 
 from __future__ import annotations
 
+from operator import le, sub
 from typing import NamedTuple
 
 import torch
@@ -149,11 +150,14 @@ def check_batch(num_tokens: int, block_size: int, page_RP: Tensor, start_R1: Ten
         )
     if start_R1.device.type != "cpu":
         return
-    starts, capacity = start_R1.tolist(), page_RP.shape[1] * block_size
+    starts, lengths, capacity = start_R1.tolist(), length_R.tolist(), page_RP.shape[1] * block_size
+    counts = list(map(sub, starts[1:], starts))
+    right = starts[0] == 0 and starts[-1] == num_tokens and min(counts, default=0) >= 0
+    if right and all(map(le, counts, lengths)) and max(lengths, default=0) <= capacity:
+        return
     if starts[0] != 0 or starts[-1] != num_tokens:
         raise ValueError(f"start_R1 must go from 0 to the {num_tokens} tokens given, not {starts[0]} to {starts[-1]}")
-    for r, length in enumerate(length_R.tolist()):
-        count = starts[r + 1] - starts[r]
+    for r, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         if not 0 <= count <= length:
             raise ValueError(f"request {r} has {count} tokens in this step, but a key length of {length}")
         if length > capacity:

@@ -7,7 +7,7 @@ Nothing here knows tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,20 +149,17 @@ class EngineConfig:
     check: bool = False
 
     def __post_init__(self) -> None:
-        bad = _not_counts(self, "step_tokens max_requests max_waiting")
+        given = [name for name in ("cache_tokens", "cache_bytes") if getattr(self, name) is not None]
+        bad = _not_sizes(self, given)
+        bad += _not_counts(self, "step_tokens max_requests max_waiting")
         if not bad and self.step_tokens < self.max_requests + BLOCK:
             least = self.max_requests + BLOCK
             bad.append(f"step_tokens must be at least {least}, a token a request and a block, not {self.step_tokens}")
         if self.cache_tokens is not None and self.cache_bytes is not None:
             bad.append("give cache_tokens or cache_bytes, not both")
-        for name in ("cache_tokens", "cache_bytes"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                bad.append(f"{name} must be positive, not {value}")
-        if not 0 < self.memory_share <= 1:
-            bad.append(f"memory_share must be more than 0 and at most 1, not {self.memory_share}")
-        if self.cache_dir_bytes < 0 or self.draft_tokens < 0:
-            bad.append("cache_dir_bytes and draft_tokens must not be negative")
+        if not isinstance(self.memory_share, int | float) or not 0 < self.memory_share <= 1:
+            bad.append(f"memory_share must be more than 0 and at most 1, not {self.memory_share!r}")
+        bad += _not_sizes(self, ("cache_dir_bytes", "draft_tokens"), least=0)
         if self.cache_dir is not None and not self.prefix_cache:
             bad.append("cache_dir keeps what prefix_cache finds: it needs prefix_cache")
         if bad:
@@ -228,6 +225,16 @@ def _not_counts(config: object, names: str) -> list[str]:
 
     values = ((name, getattr(config, name)) for name in names.split())
     return [f"{name} must be a positive whole number, not {value!r}" for name, value in values if not is_count(value)]
+
+
+def _not_sizes(config: object, names: Iterable[str], least: int = 1) -> list[str]:
+    """As `_not_counts`, however large."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [
+        f"{name} must be a whole number of at least {least}, not {value!r}"
+        for name, value in values
+        if not isinstance(value, int) or isinstance(value, bool) or value < least
+    ]
 
 
 def _not_positive(config: object, names: str) -> list[str]:

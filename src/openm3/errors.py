@@ -6,9 +6,10 @@
     ├── PromptError              a prompt or conversation that cannot be run: too long, empty, ids out of range
     ├── DocumentError            a document that cannot be read: missing, empty, binary
     ├── BusyError                an engine that has as many requests waiting as it takes
+    ├── EngineError              a step of an engine failed, and it has stopped
     └── UnsupportedError         no implementation of an operator supports a call; lists every reason
 
-All but the last two are also ValueError: the caller passed something wrong; the message says what would be right.
+All but the last three are also ValueError: the caller passed something wrong; the message says what would be right.
 """
 
 
@@ -34,6 +35,10 @@ class DocumentError(OpenM3Error, ValueError):
 
 class BusyError(OpenM3Error):
     """Too many requests wait already: the same one may be taken later."""
+
+
+class EngineError(OpenM3Error):
+    """A step failed: the engine has stopped, and refuses what comes later."""
 
 
 class UnsupportedError(OpenM3Error, NotImplementedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 
 from openm3.config import BLOCK, EngineConfig
-from openm3.engine.asynchronous import AsyncEngine, EngineError, joined
+from openm3.engine.asynchronous import AsyncEngine, joined
 from openm3.engine.engine import Engine
 from openm3.engine.request import Delta, SamplingParams
-from openm3.errors import BusyError, PromptError
+from openm3.errors import BusyError, EngineError, PromptError
 from openm3.model.model import Model, load
 
 GOLDEN = Path(__file__).parents[1] / "golden/m3-random-s0"
@@ -132,6 +133,34 @@ def test_a_failing_step_is_told_to_everyone(model: Model, monkeypatch: pytest.Mo
         await served.close()
 
     asyncio.run(asyncio.wait_for(whole(), 60))
+
+
+def test_who_comes_while_a_step_fails_is_told_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call lies in the queue when the thread ends: nobody may wait for ever."""
+    engine = Engine(model, EngineConfig(cache_tokens=4000))
+
+    async def whole() -> None:
+        served = AsyncEngine(engine)
+        begun, may_fail = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def failing(*_: object) -> None:
+            loop.call_soon_threadsafe(begun.set)
+            may_fail.wait(30)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(engine.runner, "run", failing)
+        first = asyncio.create_task(served.generate(words(9, 100), LONG))
+        await begun.wait()
+        second = asyncio.create_task(served.generate(words(10, 100), LONG))
+        await asyncio.sleep(0)
+        may_fail.set()
+        for task in (first, second):
+            with pytest.raises(EngineError, match="the engine has stopped: RuntimeError"):
+                await asyncio.wait_for(task, 30)
+        await served.close()
+
+    asyncio.run(whole())
 
 
 def test_deltas_join() -> None:

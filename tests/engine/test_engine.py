@@ -239,6 +239,18 @@ def test_pools_that_do_not_fit_are_refused(model: Model, monkeypatch: pytest.Mon
         ("logprobs", 21, "logprobs must be between 0 and 20"),
         ("seed", 2**63, "seed must be a whole number of 64 bits"),
         ("timeout", 0.0, "timeout must be more than 0 seconds"),
+        ("max_tokens", 2.5, "max_tokens must be a whole number, not 2.5"),
+        ("max_tokens", "7", "max_tokens must be a whole number, not '7'"),
+        ("top_k", 1.5, "top_k must be a whole number"),
+        ("min_tokens", True, "min_tokens must be a whole number, not True"),
+        ("temperature", None, "temperature must be a number, not None"),
+        ("temperature", "hot", "temperature must be a number"),
+        ("logprobs", 1.0, "logprobs must be a whole number"),
+        ("priority", 0.5, "priority must be a whole number"),
+        ("timeout", "soon", "timeout must be a number"),
+        ("stop", None, "stop must be strings, not None"),
+        ("stop", [3], r"stop must be strings, not \[3\]"),
+        ("stop_ids", ["a"], "stop_ids must be token ids"),
     ],
 )
 def test_impossible_parameters_are_refused(field: str, value: object, message: str) -> None:
@@ -252,6 +264,10 @@ def test_impossible_parameters_are_refused(field: str, value: object, message: s
         ({"step_tokens": 100}, "step_tokens must be at least 192, a token a request and a block, not 100"),
         ({"cache_tokens": 1, "cache_bytes": 1}, "give cache_tokens or cache_bytes, not both"),
         ({"memory_share": 0.0}, "memory_share must be more than 0"),
+        ({"memory_share": "all"}, "memory_share must be more than 0"),
+        ({"cache_tokens": 0}, "cache_tokens must be a whole number of at least 1, not 0"),
+        ({"cache_tokens": 1.5}, "cache_tokens must be a whole number of at least 1, not 1.5"),
+        ({"draft_tokens": -1}, "draft_tokens must be a whole number of at least 0, not -1"),
         ({"max_requests": 0}, "max_requests must be a positive whole number"),
         ({"cache_dir": "x", "prefix_cache": False}, "cache_dir keeps what prefix_cache finds"),
     ],
@@ -355,6 +371,32 @@ def test_an_interrupted_step_is_made_up_for(model: Model, monkeypatch: pytest.Mo
         completion = served.step()[number].completion if served.has_work else None
     assert completion.ids == list(model.generate(changed, max_new_tokens=12))
     assert served.pages.num_held == 0
+
+
+def test_an_interrupted_restoration_is_made_up_for(model: Model, tmp_path: Path) -> None:
+    """Ctrl-C while one request is restored must not let another believe that its page was copied."""
+    with engine(model, cache_dir=tmp_path) as first:
+        first.generate([words(50, 500)], GREEDY)
+    served = engine(model, cache_dir=tmp_path)
+    served.generate([words(51, 300)], GREEDY)
+    half = words(51, 300)[:250] + words(52, 60)
+    copied, restored = served.add(half, GREEDY), served.add(words(50, 500), GREEDY)
+    restore = served.scheduler.restore
+
+    def interrupted(key: bytes, page: int) -> bool:
+        raise KeyboardInterrupt
+
+    served.scheduler.restore = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        served.step()
+    served.scheduler.check()
+    served.scheduler.restore = restore
+    done: dict[int, Completion] = {}
+    while served.has_work:
+        done |= {number: delta.completion for number, delta in served.step().items() if delta.completion is not None}
+    assert done[copied].ids == list(model.generate(half, max_new_tokens=12))
+    assert done[restored].ids == list(model.generate(words(50, 500), max_new_tokens=12))
+    served.close()
 
 
 def test_an_abort_is_heard(model: Model) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from openm3.engine.engine import Engine, Prompt
 from openm3.engine.request import Completion, Delta, SamplingParams
-from openm3.errors import BusyError, OpenM3Error
+from openm3.errors import BusyError, EngineError
 
 
 class AsyncEngine:
@@ -30,6 +30,9 @@ class AsyncEngine:
         self._replies: dict[int, _Reply] = {}
         self._failure: BaseException | None = None
         self._closed = False
+        # Once the thread has ended nobody would carry out a call: none is put then.
+        self._gate = threading.Lock()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="openm3 engine", daemon=True)
         self._thread.start()
 
@@ -73,8 +76,6 @@ class AsyncEngine:
 
     async def _call(self, function: Callable[[], Any]) -> Any:
         """Have the engine's thread call a function, between two steps."""
-        if self._closed or self._failure is not None:
-            raise BusyError("the engine is closed") if self._failure is None else EngineError(self._failure)
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -84,8 +85,18 @@ class AsyncEngine:
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._calls.put(run)
+        with self._gate:
+            if self._closed or self._ended:
+                raise self._refusal()
+            self._calls.put(run)
         return await asyncio.wrap_future(future)
+
+    def _refusal(self) -> Exception:
+        if self._failure is None:
+            return BusyError("the engine is closed")
+        error = EngineError(f"the engine has stopped: {self._failure!r}")
+        error.__cause__ = self._failure
+        return error
 
     def _run(self) -> None:
         try:
@@ -94,10 +105,11 @@ class AsyncEngine:
                     self._tell(number, delta)
         except BaseException as error:
             self._failure = error
+        with self._gate:
+            self._ended = True
         for number in list(self._replies):
             last = None if self._failure is not None else self.engine.abort(number)
-            reply = self._replies.pop(number)
-            reply.put(EngineError(self._failure) if last is None else last)
+            self._replies.pop(number).put(self._refusal() if last is None else last)
         while not self._calls.empty():
             if (call := self._calls.get()) is not None:
                 call()
@@ -113,8 +125,8 @@ class AsyncEngine:
         return True
 
     def _add(self, prompt: Prompt, params: SamplingParams | None, reply: _Reply) -> None:
-        if self._closed:
-            raise BusyError("the engine is closed")
+        if self._closed or self._ended:
+            raise self._refusal()
         reply.number = self.engine.add(prompt, params)
         self._replies[reply.number] = reply
 
@@ -128,14 +140,6 @@ class AsyncEngine:
             reply.put(delta)
             if delta.completion is not None:
                 del self._replies[number]
-
-
-class EngineError(OpenM3Error):
-    """A step failed: the engine has stopped."""
-
-    def __init__(self, cause: BaseException | None) -> None:
-        super().__init__(f"the engine has stopped: {cause!r}")
-        self.__cause__ = cause
 
 
 @dataclass

@@ -12,6 +12,9 @@ FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 """Why a reply ended: stop token or string, longest length, client, time, or logits that are no numbers."""
 
 
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How a reply is written. Greedy by default, up to 128 tokens, ended by the model's end token.
@@ -45,6 +48,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        self._check_types()
         for name, ok, allowed in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens {self.max_tokens}"),
@@ -56,12 +60,27 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
-            ("stop", all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
+            ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("timeout", self.timeout is None or self.timeout > 0, "more than 0 seconds"),
         ):
             if not ok:
                 raise PromptError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+    def _check_types(self) -> None:
+        """Whatever gets through here is compared and computed with in steps that others have a part in."""
+        whole = [(name, getattr(self, name)) for name in ("max_tokens", "min_tokens", "top_k", "priority")]
+        whole += [(name, value) for name in ("seed", "logprobs") if (value := getattr(self, name)) is not None]
+        numbers = [(name, getattr(self, name)) for name in _NUMBERS]
+        numbers += [("timeout", self.timeout)] if self.timeout is not None else []
+        for kind, allowed, values in (("a whole number", int, whole), ("a number", int | float, numbers)):
+            for name, value in values:
+                if not isinstance(value, allowed) or isinstance(value, bool):
+                    raise PromptError(f"{name} must be {kind}, not {value!r}")
+        for name, text, item in (("stop", "strings", str), ("stop_ids", "token ids", int)):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not all(isinstance(value, item) for value in values):
+                raise PromptError(f"{name} must be {text}, not {values!r}")
 
     @property
     def plain(self) -> bool:
@@ -152,7 +171,6 @@ class Request:
     hashes: list[bytes] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     computed: int = 0
-    published: int = 0
     cached: int = 0
     preempted: int = 0
     drafted: int = 0

@@ -124,6 +124,50 @@ class Scheduler:
     def schedule(self, propose: Propose | None = None) -> Plan:
         """The next step. Once it is carried out, call `settle`, then `advance` for each of its works."""
         plan = Plan()
+        try:
+            self._fill(plan, propose)
+        except BaseException:
+            # Restoring pages takes a while, in which Ctrl-C may come.
+            self.undo(plan)
+            raise
+        return plan
+
+    def settle(self) -> None:
+        """Note that the last plan's copies are made: what they were made from may go."""
+        self.pages.release(self._borrowed)
+        self._borrowed = []
+
+    def undo(self, plan: Plan) -> None:
+        """Note that the last plan was not carried out to its end: pages that it copied hold nobody knows what."""
+        targets = {target for _, target in plan.copies}
+        for request in [r for r in self.running if targets.intersection(r.pages)]:
+            self._preempt(request, plan)
+        self.settle()
+
+    def advance(self, work: Work, count: int) -> None:
+        """Note that the keys of `count` tokens from `work.first` on are computed and right; publish full pages."""
+        request = work.request
+        request.computed = work.first + count
+        full = request.computed // BLOCK
+        if not self.reuse:
+            return
+        if full > len(request.hashes):
+            request.hashes += page_hashes(request.ids[: full * BLOCK], self.root, request.hashes)
+        for i in range(work.first // BLOCK, full):
+            parent = request.hashes[i - 1] if i else self.root
+            entry = Published(request.hashes[i], parent, tuple(request.ids[i * BLOCK : (i + 1) * BLOCK]))
+            if self.pages.publish(request.pages[i], entry) and self.keep is not None:
+                self.keep(entry.hash, request.pages[i])
+            self._unpromise(request, entry.hash)
+
+    def check(self) -> None:
+        """AssertionError if a page is lost, held twice, or a request's pages do not hold its keys."""
+        self.pages.check([*(request.pages for request in self.running), *([page] for page in self._borrowed)])
+        assert all(len(r.pages) * BLOCK >= r.computed for r in self.running), "a request has fewer pages than keys"
+        assert not any(r.pages or r.computed for r in self.waiting), "a waiting request holds pages"
+
+    def _fill(self, plan: Plan, propose: Propose | None) -> None:
+        """Choose the work: new requests, then who writes, then who reads."""
         self._admit(plan)
         writers = [r for r in self.running if r.remaining == 1]
         budget = self.step_tokens - len(writers)
@@ -146,41 +190,6 @@ class Scheduler:
             if count > 0 and request in self.running and self._grow(request, request.computed + count, plan):
                 plan.works.append(Work(request, request.computed, count))
                 budget -= count
-        return plan
-
-    def settle(self) -> None:
-        """Note that the last plan's copies are made: what they were made from may go."""
-        self.pages.release(self._borrowed)
-        self._borrowed = []
-
-    def undo(self, plan: Plan) -> None:
-        """Note that the last plan was not carried out to its end: pages that it copied hold nobody knows what."""
-        targets = {target for _, target in plan.copies}
-        for request in [r for r in self.running if targets.intersection(r.pages)]:
-            self._preempt(request, plan)
-        self.settle()
-
-    def advance(self, work: Work, count: int) -> None:
-        """Note that the keys of `count` tokens from `work.first` on are computed and right; publish full pages."""
-        request = work.request
-        request.computed = work.first + count
-        full = request.computed // BLOCK
-        if not self.reuse or full <= request.published:
-            return
-        request.hashes += page_hashes(request.ids[: full * BLOCK], self.root, request.hashes)
-        for i in range(request.published, full):
-            parent = request.hashes[i - 1] if i else self.root
-            entry = Published(request.hashes[i], parent, tuple(request.ids[i * BLOCK : (i + 1) * BLOCK]))
-            if self.pages.publish(request.pages[i], entry) and self.keep is not None:
-                self.keep(entry.hash, request.pages[i])
-            self._unpromise(request, entry.hash)
-        request.published = full
-
-    def check(self) -> None:
-        """AssertionError if a page is lost, held twice, or a request's pages do not hold its keys."""
-        self.pages.check([*(request.pages for request in self.running), *([page] for page in self._borrowed)])
-        assert all(len(r.pages) * BLOCK >= r.computed for r in self.running), "a request has fewer pages than keys"
-        assert not any(r.pages or r.computed for r in self.waiting), "a waiting request holds pages"
 
     def _admit(self, plan: Plan) -> None:
         """Take in waiting requests, in order, as long as their prompts have room beside those of the running ones."""
@@ -204,7 +213,6 @@ class Scheduler:
     def _start(self, request: Request, found: list[int], plan: Plan) -> None:
         insort(self.running, request, key=lambda r: r.key)
         request.pages = found
-        request.published = len(found)
         request.computed = len(found) * BLOCK
         if self.reuse:
             parent = request.hashes[len(found) - 1] if found else self.root
@@ -265,11 +273,11 @@ class Scheduler:
         insort(self.waiting, request, key=lambda r: r.key)
 
     def _stop(self, request: Request) -> None:
-        for key in request.hashes[request.published :]:
+        for key in request.hashes[request.computed // BLOCK :]:
             self._unpromise(request, key)
         self.running.remove(request)
         self.pages.release(request.pages)
-        request.pages, request.computed, request.published = [], 0, 0
+        request.pages, request.computed = [], 0
 
     def _unpromise(self, request: Request, key: bytes) -> None:
         if self._promised.get(key) is request:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -131,6 +132,28 @@ def test_any_number_of_threads_is_right(threads: int, monkeypatch: pytest.Monkey
     out_TNH, lse_TN = own.sparse_attention_lse(*keys(p), p.block_TGK, SCALE)
     assert error(out_TNH, truth_TNH) <= 2e-6
     torch.testing.assert_close(lse_TN.double(), truth_TN, rtol=0, atol=1e-5)
+
+
+SHARED = PackedCase(
+    name="shared", num_tokens=(1,) * 20 + (2, 3, 40), lengths=(*range(700, 900, 10), 760, 1100, 800), head_dim=64
+)
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_requests_that_share_pages_get_what_they_get_alone(dtype: torch.dtype, heads: int) -> None:
+    """To the last bit: they meet the pages together, but each reckons for itself."""
+    p = packed(dataclasses.replace(SHARED, heads_per_group=heads), dtype=dtype)
+    p.page_RP[:, :4] = p.page_RP[0, :4]
+    together_TNH, lse_TN = own.sparse_attention_lse(*keys(p), p.block_TGK, SCALE)
+    dense_TNH = own.dense_attention(*keys(p), SCALE)
+    for r, (start, stop) in enumerate(pairwise(p.start_R1.tolist())):
+        where = p.page_RP[r : r + 1], torch.tensor([0, stop - start]), p.length_R[r : r + 1]
+        alone = p.q_TNH[start:stop], p.k_MGBH, p.v_MGBH, *where
+        out_TNH, out_TN = own.sparse_attention_lse(*alone, p.block_TGK[start:stop], SCALE)
+        assert torch.equal(out_TNH, together_TNH[start:stop])
+        assert torch.equal(out_TN, lse_TN[start:stop])
+        assert torch.equal(own.dense_attention(*alone, SCALE), dense_TNH[start:stop])
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -147,6 +147,43 @@ def test_codes_that_know_nothing_are_harmless() -> None:
     assert torch.equal(select_blocks(*call, codes=codes), reference.select_blocks(*call, 16, 1))
 
 
+def test_keys_that_come_one_by_one_select_by_the_definition() -> None:
+    """Larger and larger ones, ones that break codes, and again over a page that held others before."""
+    generator = torch.Generator().manual_seed(5)
+    q, k = whole((2, 2, J), generator), torch.zeros(9, B, J)
+    codes = new_codes(k)
+    assert codes is not None
+    encode_pages(k, torch.arange(8) * B, codes)
+    k[:8] = whole((8, B, J), generator)
+    encode_pages(k, torch.arange(8) * B, codes)
+    call = one_request(q, k, 9 * B)
+    for broken in (math.inf, math.nan):
+        for slot in range(B):
+            k[5, slot] = whole((J,), generator) * (1 + slot // 8)
+            if slot in (50, 90):
+                k[5, slot, 3] = broken
+            encode_pages(k, torch.tensor([5 * B + slot]), codes)
+            if slot % 16 == 0 or slot in (1, 50, 51, 90, 127):
+                wanted = reference.select_blocks(*call, 4, 1)
+                assert torch.equal(select_blocks(*call, num_selected=4, codes=codes), wanted)
+        assert torch.equal(codes.bound_M3[5], codes_of(k).bound_M3[5])
+        k[5, 50:91] = 0
+        encode_pages(k, torch.arange(50, 91) + 5 * B, codes)
+        assert torch.equal(codes.code_MC[5], codes_of(k).code_MC[5])
+
+
+def test_small_and_large_requests_side_by_side_select_by_the_definition() -> None:
+    generator = torch.Generator().manual_seed(6)
+    counts, lengths = [1, 1, 40, 1, 3, 0, 1, 1], [1000, 1280, 1200, 70, 900, 500, 1279, 1]
+    k = whole((10, B, J), generator)
+    pages = torch.stack([torch.randperm(10, generator=generator) for _ in counts]).int()
+    where = pages, torch.tensor([0, *counts]).cumsum(0), torch.tensor(lengths)
+    case = (whole((sum(counts), 2, J), generator), k, *where)
+    wanted = reference.select_blocks(*case, 4, 1)
+    assert torch.equal(select_blocks(*case, num_selected=4, codes=codes_of(k)), wanted)
+    assert torch.equal(select_blocks(*case, num_selected=4), wanted)
+
+
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     call = one_request(

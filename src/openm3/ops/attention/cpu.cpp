@@ -7,12 +7,16 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention/matrix.h"
 #include "attention/products.h"
+#include "attention/rows.h"
 #include "native/simd.h"
 #include "native/tensors.h"
 
@@ -22,6 +26,8 @@ namespace {
 // What a tile's queries and accumulators may take of the second-level cache.
 constexpr std::int64_t TILE_BYTES = 1 << 20;
 constexpr int MAX_TILE_TOKENS = 256;
+// How many tiles of few rows meet a block together.
+constexpr std::size_t MOST_TOGETHER = 16;
 
 // How query rows of one group lie in vectors: `tokens` of them to a vector, or `vectors` to a token.
 struct Packing {
@@ -47,6 +53,8 @@ std::size_t partial_floats(const Call& call, const Packing& packing, int tokens)
     return std::size_t(packing.count(tokens)) * LANES * (call.width + 2);
 }
 
+constexpr std::int32_t NO_BLOCK = std::numeric_limits<std::int32_t>::max();
+
 // One block and a vector with rows that read it: bit i for the vector's i-th token.
 struct Member {
     std::int32_t block, vector;
@@ -55,28 +63,59 @@ struct Member {
 
 // ---- one tile
 
+// Call `begin`, then `meet` for each block, then `end`.
 template <class T, class Q, class Products>
 class Tile {
 public:
-    Tile(const Call& call, const Task& task, const Packing& packing, Scratch& scratch)
-        : call_(call),
-          task_(task),
-          packing_(packing),
-          vectors_(packing.count(task.tokens)),
-          scratch_(reserved(scratch, call, vectors_)),
-          products_(call, vectors_, scratch_) {
+    using Where = Place<T>;
+
+    // The room comes out of `scratch`, but for that of the scores, which tiles can share: they do not outlast a block.
+    Tile(const Call& call, const Task& task, const Packing& packing, Scratch& scratch, float* score)
+        : call_(call), task_(task), packing_(packing), vectors_(packing.count(task.tokens)), products_(call, vectors_, scratch) {
         const std::size_t rows = std::size_t(vectors_) * LANES;
         out_ = scratch.take(rows * call.width), top_ = scratch.take(rows), sum_ = scratch.take(rows);
-        for (float*& score : score_) score = scratch.take(std::size_t(call.block) * LANES);
+        for (int r = 0; r < Products::TOGETHER; r++) score_[r] = score + r * score_floats(call) / Products::TOGETHER;
     }
 
-    void run() {
+    static std::size_t floats(const Call& call, int vectors) {
+        return std::size_t(vectors) * LANES * (call.width + 2) + 64 + Products::floats(call, vectors);
+    }
+
+    static std::size_t score_floats(const Call& call) { return Products::TOGETHER * std::size_t(call.block) * LANES; }
+
+    void begin() {
         read_queries();
         std::fill_n(out_, std::size_t(vectors_) * LANES * call_.width, 0.0f);
         std::fill_n(top_, vectors_ * LANES, -INF);
         std::fill_n(sum_, vectors_ * LANES, 0.0f);
-        if (call_.chosen) walk_chosen();
-        else walk_all();
+        if (call_.chosen) list_members();
+        else members_.resize(vectors_);
+        const std::int64_t blocks = call_.chosen ? begins_.size() - 1 : position(task_.tokens - 1) / call_.block + 1;
+        at_ = std::size_t(blocks * task_.part / task_.parts), last_ = std::size_t(blocks * (task_.part + 1) / task_.parts);
+    }
+
+    // The block to be met next and the one after it, NO_BLOCK after the last. They come in ascending order.
+    std::int32_t next() const { return block(at_); }
+    std::int32_t after() const { return block(at_ + 1); }
+
+    // Where a block's keys and values are.
+    Place<T> place(std::int32_t block) const {
+        const std::int64_t page = call_.batch.pages(task_.request)[block];
+        return {call_.k.block<T>(page, task_.group), call_.v.block<T>(page, task_.group)};
+    }
+
+    // Meet the next block, and fetch what lies at `ahead` in the meantime, if anything does.
+    void meet(Place<T> ahead) {
+        if (call_.chosen) {
+            attend(&members_[begins_[at_]], int(begins_[at_ + 1] - begins_[at_]), ahead);
+        } else {
+            for (int v = 0; v < vectors_; v++) members_[v] = {next(), v, ~0u};
+            attend(members_.data(), vectors_, ahead);
+        }
+        at_++;
+    }
+
+    void end() {
         for (int v = 0; v < vectors_; v++) products_.settle(out_ + std::size_t(v) * LANES * call_.width);
     }
 
@@ -133,12 +172,6 @@ public:
     }
 
 private:
-    static Scratch& reserved(Scratch& scratch, const Call& call, int vectors) {
-        const std::size_t rows = std::size_t(vectors) * LANES;
-        scratch.reserve(rows * (call.width + 2) + Products::TOGETHER * std::size_t(call.block) * LANES + 128 + Products::floats(call, vectors));
-        return scratch;
-    }
-
     // The rows of vector v: f(lane, token, head).
     template <class F>
     void for_lanes(int v, F&& f) const {
@@ -159,50 +192,41 @@ private:
 
     std::int64_t position(int token) const { return call_.batch.position(task_.request, task_.first + token); }
 
-    void walk_chosen() {
-        std::vector<Member> members;
-        members.reserve(std::size_t(task_.tokens) * call_.num_chosen * packing_.vectors);
+    std::int32_t block(std::size_t i) const {
+        if (i >= last_) return NO_BLOCK;
+        return call_.chosen ? members_[begins_[i]].block : std::int32_t(i);
+    }
+
+    // Who reads which chosen block, by block and vector; `begins_` says where each block's are.
+    void list_members() {
+        members_.reserve(std::size_t(task_.tokens) * call_.num_chosen * packing_.vectors);
         for (int t = 0; t < task_.tokens; t++) {
             const std::int32_t* chosen = call_.chosen + ((task_.first + t) * call_.groups + task_.group) * call_.num_chosen;
             const std::int64_t own = position(t) / call_.block;
             for (int k = 0; k < call_.num_chosen; k++)
                 if (chosen[k] >= 0 && chosen[k] <= own)
                     for (int v = 0; v < packing_.vectors; v++)
-                        members.push_back({chosen[k], t / packing_.tokens * packing_.vectors + v, 1u << t % packing_.tokens});
+                        members_.push_back({chosen[k], t / packing_.tokens * packing_.vectors + v, 1u << t % packing_.tokens});
         }
-        std::sort(members.begin(), members.end(), [](const Member& a, const Member& b) {
+        std::sort(members_.begin(), members_.end(), [](const Member& a, const Member& b) {
             return a.block < b.block || (a.block == b.block && a.vector < b.vector);
         });
         std::size_t kept = 0;
-        for (const Member& m : members) {
-            if (kept && members[kept - 1].block == m.block && members[kept - 1].vector == m.vector) members[kept - 1].tokens |= m.tokens;
-            else members[kept++] = m;
+        for (const Member& m : members_) {
+            if (kept && members_[kept - 1].block == m.block && members_[kept - 1].vector == m.vector) members_[kept - 1].tokens |= m.tokens;
+            else members_[kept++] = m;
         }
-        members.resize(kept);
-        std::vector<std::size_t> begins;
+        members_.resize(kept);
         for (std::size_t i = 0; i < kept; i++)
-            if (i == 0 || members[i].block != members[i - 1].block) begins.push_back(i);
-        begins.push_back(kept);
-        const std::size_t blocks = begins.size() - 1;
-        for (std::size_t b = blocks * task_.part / task_.parts; b < blocks * (task_.part + 1) / task_.parts; b++)
-            attend(&members[begins[b]], int(begins[b + 1] - begins[b]), members[begins[b + 1] < kept ? begins[b + 1] : begins[b]].block);
-    }
-
-    void walk_all() {
-        const std::int64_t blocks = position(task_.tokens - 1) / call_.block + 1;
-        std::vector<Member> members(vectors_);
-        for (std::int64_t b = blocks * task_.part / task_.parts; b < blocks * (task_.part + 1) / task_.parts; b++) {
-            for (int v = 0; v < vectors_; v++) members[v] = {std::int32_t(b), v, ~0u};
-            attend(members.data(), vectors_, std::int32_t(std::min(b + 1, blocks - 1)));
-        }
+            if (i == 0 || members_[i].block != members_[i - 1].block) begins_.push_back(i);
+        begins_.push_back(kept);
     }
 
     // One block meets the vectors that have rows reading it.
-    void attend(const Member* members, int count, std::int32_t next) {
-        const std::int64_t block = members[0].block, page = call_.batch.pages(task_.request)[block], next_page = call_.batch.pages(task_.request)[next];
+    void attend(const Member* members, int count, Place<T> ahead) {
+        const std::int64_t block = members[0].block;
         const std::int64_t keys = std::min<std::int64_t>(call_.block, position(task_.tokens - 1) + 1 - block * call_.block);
-        products_.open(call_.k.block<T>(page, task_.group), call_.v.block<T>(page, task_.group), int(keys),
-                       call_.k.block<T>(next_page, task_.group), call_.v.block<T>(next_page, task_.group));
+        products_.open(place(members[0].block), int(keys), ahead);
         int i = 0;
         for (; i + Products::TOGETHER <= count; i += Products::TOGETHER) attend<Products::TOGETHER>(members + i);
         if constexpr (Products::TOGETHER == 3)
@@ -216,6 +240,15 @@ private:
         vint seen[R];
         for (int r = 0; r < R; r++) vector[r] = members[r].vector, seen[r] = visible(members[r], keys);
         if (keys == 0) return;
+        if constexpr (requires { &Products::meet; }) {
+            products_.meet(keys, seen[0], top_, sum_, out_);
+        } else {
+            multiply<R>(vector, keys, seen);
+        }
+    }
+
+    template <int R>
+    void multiply(const int* vector, int keys, const vint* seen) {
         products_.template scores<R>(vector, keys, score_);
         vfloat share[R];
         float* out[R];
@@ -269,10 +302,12 @@ private:
     const Task& task_;
     const Packing& packing_;
     int vectors_;
-    Scratch& scratch_;
     Products products_;
     float *out_, *top_, *sum_;
     float* score_[Products::TOGETHER];
+    std::vector<Member> members_;
+    std::vector<std::size_t> begins_;
+    std::size_t at_ = 0, last_ = 0;
 };
 
 // The work of a step. How a request is cut depends on nothing but itself and the threads, so that its results are the same
@@ -296,11 +331,72 @@ std::vector<Task> tasks_of(const Call& call, const Packing& packing, std::size_t
                     if (parts > 1) partials += partial_floats(call, packing, tokens);
                 }
     }
-    // Requests often share pages. Their tasks on the same heads stand side by side, so that a page comes from memory once.
+    // The same part of several requests stands side by side: they can walk together.
     std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
-        return a.group < b.group || (a.group == b.group && a.part < b.part);
+        return std::tie(a.group, a.parts, a.part) < std::tie(b.group, b.parts, b.part);
     });
     return tasks;
+}
+
+// Tasks from `first` to `last`, which one thread does together.
+struct Walk {
+    std::size_t first, last;
+};
+
+template <class Few>
+bool few_rows(const Call& call, const Packing& packing, const Task& task) {
+    return Few::takes(call, packing.count(task.tokens), task.tokens * packing.heads);
+}
+
+// Requests often share pages, and a page that several read comes from memory once if they meet it at the same time. So
+// tasks of few rows on the same heads and parts of their requests walk together, as long as every thread has two walks.
+template <class Few>
+std::vector<Walk> walks_of(const Call& call, const Packing& packing, const std::vector<Task>& tasks) {
+    const std::size_t most = std::clamp<std::size_t>(tasks.size() / (2 * call.threads), 1, MOST_TOGETHER);
+    std::vector<Walk> walks;
+    for (std::size_t i = 0; i < tasks.size(); i++) {
+        const Task& task = tasks[i];
+        if (!walks.empty() && i - walks.back().first < most) {
+            const Task& before = tasks[i - 1];
+            if (few_rows<Few>(call, packing, task) && few_rows<Few>(call, packing, before) && before.group == task.group &&
+                before.parts == task.parts && before.part == task.part) {
+                walks.back().last = i + 1;
+                continue;
+            }
+        }
+        walks.push_back({i, i + 1});
+    }
+    return walks;
+}
+
+template <class Tile>
+void walk(const Call& call, const Packing& packing, const Task* tasks, std::size_t count, float* partial, Scratch& scratch) {
+    std::size_t room = Tile::score_floats(call) + 16;
+    for (std::size_t i = 0; i < count; i++) room += Tile::floats(call, packing.count(tasks[i].tokens));
+    scratch.reserve(room);
+    float* const score = scratch.take(Tile::score_floats(call));
+    std::vector<Tile> tiles;
+    tiles.reserve(count);
+    for (std::size_t i = 0; i < count; i++) tiles.emplace_back(call, tasks[i], packing, scratch, score).begin();
+    std::int32_t block = NO_BLOCK;
+    for (const Tile& tile : tiles) block = std::min(block, tile.next());
+    while (block != NO_BLOCK) {
+        std::int32_t next = NO_BLOCK;
+        const Tile* ahead = nullptr;
+        for (const Tile& tile : tiles) {
+            const std::int32_t then = tile.next() == block ? tile.after() : tile.next();
+            if (then < next) next = then, ahead = &tile;
+        }
+        auto place = ahead ? ahead->place(next) : typename Tile::Where{};
+        for (Tile& tile : tiles)
+            if (tile.next() == block) tile.meet(std::exchange(place, {}));
+        block = next;
+    }
+    for (std::size_t i = 0; i < count; i++) {
+        tiles[i].end();
+        if (tasks[i].parts == 1) tiles[i].finish();
+        else tiles[i].keep(partial + tasks[i].partial);
+    }
 }
 
 template <class T, class Q, class Many, class Few>
@@ -308,28 +404,26 @@ void attention_with(const Call& call) {
     const Packing packing(call.heads_per_group());
     std::size_t partials = 0;
     const std::vector<Task> tasks = tasks_of(call, packing, partials);
+    const std::vector<Walk> walks = walks_of<Few>(call, packing, tasks);
     std::vector<float> partial(partials);
-    const std::int64_t count = std::int64_t(tasks.size());
-    const auto run = [&](auto&& tile, const Task& task) {
-        tile.run();
-        if (task.parts == 1) tile.finish();
-        else tile.keep(&partial[task.partial]);
-    };
 #pragma omp parallel num_threads(call.threads)
     {
         thread_local Scratch scratch;
         [[maybe_unused]] const typename Many::Session session;
 #pragma omp for schedule(dynamic)
-        for (std::int64_t i = 0; i < count; i++) {
-            const int rows = tasks[i].tokens * packing.heads;
-            if (Few::takes(call, packing.count(tasks[i].tokens), rows)) run(Tile<T, Q, Few>(call, tasks[i], packing, scratch), tasks[i]);
-            else run(Tile<T, Q, Many>(call, tasks[i], packing, scratch), tasks[i]);
+        for (std::size_t i = 0; i < walks.size(); i++) {
+            const Task* first = &tasks[walks[i].first];
+            const std::size_t count = walks[i].last - walks[i].first;
+            if (few_rows<Few>(call, packing, *first)) walk<Tile<T, Q, Few>>(call, packing, first, count, partial.data(), scratch);
+            else walk<Tile<T, Q, Many>>(call, packing, first, count, partial.data(), scratch);
         }
 #pragma omp for schedule(dynamic)
-        for (std::int64_t i = 0; i < count; i++) {
+        for (std::size_t i = 0; i < tasks.size(); i++) {
             const Task& task = tasks[i];
             if (task.parts == 1 || task.part != 0) continue;
-            Tile<T, Q, Many> tile(call, task, packing, scratch);
+            using Whole = Tile<T, Q, Many>;
+            scratch.reserve(Whole::floats(call, packing.count(task.tokens)));
+            Whole tile(call, task, packing, scratch, nullptr);
             tile.merge(&partial[task.partial], task.parts, partial_floats(call, packing, task.tokens));
             tile.finish();
         }

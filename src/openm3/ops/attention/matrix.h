@@ -25,19 +25,6 @@ inline vint pairs_low(vint even, vint odd) { return (vint)_mm512_unpacklo_epi16(
 inline vint pairs_high(vint even, vint odd) { return (vint)_mm512_unpackhi_epi16((__m512i)even, (__m512i)odd); }
 constexpr int paired_channel(int i) { return i / 4 * 8 + i % 4; }
 
-// The next block's keys and values, fetched into the second-level cache while this one is computed with. Both at once and
-// a few lines at a time: one stream after the other, or many lines in a row, take up to twice as long.
-struct Ahead {
-    static constexpr int LINE = 64;
-    const char *key, *value;
-    int left;  // bytes of each
-
-    void fetch(int pairs) {
-        for (; pairs > 0 && left > 0; pairs--, left -= LINE, key += LINE, value += LINE)
-            __builtin_prefetch(key, 0, 2), __builtin_prefetch(value, 0, 2);
-    }
-};
-
 // The same on matrix tiles, for a cache of bfloat16. Float32 numbers are cut into bfloat16 parts that add up to them, so
 // products stay exact: queries into as many as hold them whole, weights into three where the result is float32, two (an
 // error of 2^-17) where it is bfloat16.
@@ -104,10 +91,6 @@ protected:
             pair[p] = (vint)_mm512_srli_epi32((__m512i)a, 16) | b;
             even -= (vfloat)a, odd -= (vfloat)b;
         }
-    }
-
-    void look_ahead(const bfloat16* key, const bfloat16* value) {
-        ahead_ = {reinterpret_cast<const char*>(key), reinterpret_cast<const char*>(value), call_.block * call_.width * 2};
     }
 
     // C[m][r] += A[m] * (the sum of the parts of B[r]) for two tiles of A, the second `next` numbers on, rows `stride` apart.
@@ -177,11 +160,10 @@ public:
         return Base::query_floats(call, vectors) + (TOGETHER * WEIGHT_PARTS * LANES + std::size_t(call.width)) * call.block / 2 + 32;
     }
 
-    void open(const bfloat16* key, const bfloat16* value, int keys, const bfloat16* next_key, const bfloat16* next_value) {
-        Base::key_ = key;
-        Base::look_ahead(next_key, next_value);
+    void open(Place<bfloat16> block, int keys, Place<bfloat16> ahead) {
+        Base::key_ = block.key, ahead_ = Ahead::of(ahead, call_);
         for (int s = 0; s < keys; s += STEP)
-            for (int h = 0; h < call_.width; h += STEP) transpose_values(value, s, std::min(STEP, keys - s), h);
+            for (int h = 0; h < call_.width; h += STEP) transpose_values(block.value, s, std::min(STEP, keys - s), h);
     }
 
     template <int R>
@@ -256,9 +238,8 @@ public:
         return Base::query_floats(call, vectors) + WEIGHT_PARTS * LANES * std::size_t(call.block) / 2 + STEP * WIDE + 32;
     }
 
-    void open(const bfloat16* key, const bfloat16* value, int, const bfloat16* next_key, const bfloat16* next_value) {
-        Base::key_ = key, value_ = value;
-        Base::look_ahead(next_key, next_value);
+    void open(Place<bfloat16> block, int, Place<bfloat16> ahead) {
+        Base::key_ = block.key, value_ = block.value, ahead_ = Ahead::of(ahead, call_);
     }
 
     template <int R>

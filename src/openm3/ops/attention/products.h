@@ -40,6 +40,12 @@ struct Call {
     int heads_per_group() const { return heads / groups; }
 };
 
+// A block's keys and values.
+template <class T>
+struct Place {
+    const T *key = nullptr, *value = nullptr;
+};
+
 class Scratch {
 public:
     float* take(std::size_t count) {
@@ -62,6 +68,25 @@ private:
     };
     std::unique_ptr<float, Free> data_;
     std::size_t size_ = 0, used_ = 0;
+};
+
+// The next block's keys and values, fetched into the second-level cache while this one is computed with. Both at once and
+// a few lines at a time: one stream after the other, or many lines in a row, take up to twice as long.
+struct Ahead {
+    static constexpr int LINE = 64;
+    const char *key, *value;
+    int left;  // bytes of each
+
+    template <class T>
+    static Ahead of(Place<T> place, const Call& call) {
+        const int bytes = place.key ? call.block * call.width * int(sizeof(T)) : 0;
+        return {reinterpret_cast<const char*>(place.key), reinterpret_cast<const char*>(place.value), bytes};
+    }
+
+    void fetch(int pairs) {
+        for (; pairs > 0 && left > 0; pairs--, left -= LINE, key += LINE, value += LINE)
+            __builtin_prefetch(key, 0, 2), __builtin_prefetch(value, 0, 2);
+    }
 };
 
 // A block's products with query rows, in ordinary vector arithmetic.
@@ -91,9 +116,9 @@ public:
     }
 
     // From here on this block is meant, of which rows see at most `keys` keys; the next one comes after it.
-    void open(const T* key, const T* value, int, const T*, const T*) {
-        key_ = widened(key, call_.k.stride_b, wide_key_);
-        value_ = widened(value, call_.v.stride_b, wide_value_);
+    void open(Place<T> block, int, Place<T>) {
+        key_ = widened(block.key, call_.k.stride_b, wide_key_);
+        value_ = widened(block.value, call_.v.stride_b, wide_value_);
     }
 
     void fetch_ahead() const {}
@@ -181,100 +206,6 @@ private:
     const Call& call_;
     float *query_, *wide_key_, *wide_value_;
     Rows key_{}, value_{};
-};
-
-// A block's products with so few rows that they would leave most lanes empty: channels are in lanes instead.
-template <class T, class Q>
-class RowProducts {
-public:
-    static constexpr int TOGETHER = 1, MAX_ROWS = 6;
-
-    struct Session {};
-
-    static bool takes(const Call& call, int, int rows) {
-        return rows <= std::min(MAX_ROWS, LANES / 2) && call.width % LANES == 0 && call.block % LANES == 0;
-    }
-
-    RowProducts(const Call& call, int, Scratch& scratch)
-        : call_(call), query_(scratch.take(std::size_t(MAX_ROWS) * call.width)), turned_(scratch.take(std::size_t(MAX_ROWS) * call.width)) {}
-
-    static std::size_t floats(const Call& call, int) { return 2 * std::size_t(MAX_ROWS) * call.width + 32; }
-
-    void read(int, const Q* const* row) {
-        for (rows_ = 0; rows_ < MAX_ROWS && row[rows_]; rows_++)
-            for (int h = 0; h < call_.width; h++) query_[rows_ * call_.width + h] = to_float(row[rows_][h]);
-    }
-
-    void open(const T* key, const T* value, int, const T*, const T*) { key_ = key, value_ = value; }
-
-    void fetch_ahead() const {}
-
-    template <int>
-    void scores(const int*, int keys, float* const* score) const {
-        for (int s = 0; s < keys; s += LANES)
-            for (int r = 0; r < rows_; r++) {
-                const float* query = query_ + r * call_.width;
-                vint dot[LANES];
-                for (int i = 0; i < LANES; i++) {
-                    const T* key = key_ + (s + i) * call_.k.stride_b;
-                    vfloat total{};
-                    for (int h = 0; h < call_.width; h += LANES) total += load(key + h) * load(query + h);
-                    dot[i] = (vint)total;
-                }
-                transpose(dot);
-                vfloat total = (vfloat)dot[0];
-                for (int i = 1; i < LANES; i++) total += (vfloat)dot[i];
-                float each[LANES];
-                store(each, total);
-                for (int i = 0; i < LANES; i++) score[0][(s + i) * LANES + r] = each[i];
-            }
-    }
-
-    // Until `settle`, out[0] is [row][channel].
-    template <int>
-    void values(const float* const* weight, int keys, const vfloat* share, float* const* out) const {
-        int r = 0;
-        for (; r + 2 <= rows_; r += 2) add_values<2>(r, weight[0], keys, share[0], out[0]);
-        if (r < rows_) add_values<1>(r, weight[0], keys, share[0], out[0]);
-    }
-
-    void settle(float* out) const {
-        std::copy_n(out, rows_ * call_.width, turned_);
-        std::fill_n(out, LANES * call_.width, 0.0f);
-        for (int r = 0; r < rows_; r++)
-            for (int h = 0; h < call_.width; h++) out[h * LANES + r] = turned_[r * call_.width + h];
-    }
-
-private:
-    template <int R>
-    void add_values(int row, const float* weight, int keys, vfloat share, float* out) const {
-        constexpr int N = 4;
-        int h = 0;
-        for (; h + N * LANES <= call_.width; h += N * LANES) add_channels<R, N>(row, h, weight, keys, share, out);
-        for (; h < call_.width; h += LANES) add_channels<R, 1>(row, h, weight, keys, share, out);
-    }
-
-    template <int R, int N>
-    void add_channels(int row, int channel, const float* weight, int keys, vfloat share, float* out) const {
-        vfloat total[R][N] = {};
-        for (int s = 0; s < keys; s++) {
-            const T* value = value_ + s * call_.v.stride_b + channel;
-            for (int i = 0; i < N; i++) {
-                const vfloat v = load(value + i * LANES);
-                for (int r = 0; r < R; r++) total[r][i] += v * splat(weight[s * LANES + row + r]);
-            }
-        }
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < N; i++) {
-                float* to = out + (row + r) * call_.width + channel + i * LANES;
-                store(to, load(to) * share[row + r] + total[r][i]);
-            }
-    }
-
-    const Call& call_;
-    float *query_, *turned_;
-    const T *key_ = nullptr, *value_ = nullptr;
-    int rows_ = 0;
 };
 
 }  // namespace

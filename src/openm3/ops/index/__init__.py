@@ -120,7 +120,11 @@ def code_bytes(block_size: int, width: int, device: torch.device = CPU) -> int:
 
 
 def encode_pages(index_k_MBJ: Tensor, slot_T: Tensor, codes: IndexCodes) -> None:
-    """Bring the codes up to what the pages that hold these slots (`page * block size + offset`) hold now, in place."""
+    """Bring the codes up to what the pages that hold these slots (`page * block size + offset`) hold now, in place.
+
+    Of a page with a single slot here, not its first or last, only that key need be looked at: the codes must be true of
+    the others.
+    """
     ENCODE_PAGES(index_k_MBJ, slot_T, codes)
 
 

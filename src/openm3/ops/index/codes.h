@@ -86,6 +86,17 @@ Norms encode_row(const float* x, int padded, Scale s, std::int8_t* code) {
     return {std::sqrt(sum(value)) * up + floor, std::sqrt(sum(coded)) * up, std::sqrt(sum(rest)) * up + floor};
 }
 
+// Puts the codes of a page's key where they belong.
+inline void place_row(const std::int8_t* row, int slot, int quads, std::uint8_t* code) {
+    std::uint8_t* tile = code + std::int64_t(slot / TILE) * quads * TILE * QUAD + slot % TILE * QUAD;
+    for (int q = 0; q < quads; q++) {
+        std::uint32_t four;
+        std::memcpy(&four, row + q * QUAD, 4);
+        four ^= 0x80808080u;
+        std::memcpy(tile + std::int64_t(q) * TILE * QUAD, &four, 4);
+    }
+}
+
 // bound[0..2]: the codes' scale, the largest |rest| and the largest |scale * code| of the page's keys.
 template <class T>
 void encode_page(const Keys& keys, std::int64_t page, std::uint8_t* code, float* bound) {
@@ -103,14 +114,25 @@ void encode_page(const Keys& keys, std::int64_t page, std::uint8_t* code, float*
     for (int b = 0; b < keys.block; b++) {
         const Norms n = encode_row(wide.data() + std::size_t(b) * padded, padded, s, row.data());
         bound[1] = std::max(bound[1], n.rest), bound[2] = std::max(bound[2], n.coded);
-        std::uint8_t* tile = code + std::int64_t(b / TILE) * quads * TILE * QUAD + b % TILE * QUAD;
-        for (int q = 0; q < quads; q++) {
-            std::uint32_t four;
-            std::memcpy(&four, row.data() + q * QUAD, 4);
-            four ^= 0x80808080u;
-            std::memcpy(tile + std::int64_t(q) * TILE * QUAD, &four, 4);
-        }
+        place_row(row.data(), b, quads, code);
     }
+}
+
+// The page's codes stand for its keys but this one, which has changed: encodes it alone, at their scale. Returns false,
+// and changes nothing, where that is too small for it. What its former values did to the bounds remains.
+template <class T>
+bool encode_key(const Keys& keys, std::int64_t page, int slot, std::uint8_t* code, float* bound) {
+    const int padded = keys.padded(), quads = keys.quads();
+    thread_local std::vector<float> wide;
+    thread_local std::vector<std::int8_t> row;
+    wide.resize(padded), row.resize(padded + QUAD);
+    widen(keys.row<T>(page, slot), wide.data(), keys.width, padded);
+    const Scale s = scale_of(wide.data(), padded);
+    if (!s.finite || !(s.scale <= bound[0]) || bound[0] == 0.0f || !(bound[1] < INF)) return false;
+    const Norms n = encode_row(wide.data(), padded, {bound[0], 1.0f / bound[0], true}, row.data());
+    bound[1] = std::max(bound[1], n.rest), bound[2] = std::max(bound[2], n.coded);
+    place_row(row.data(), slot, quads, code);
+    return true;
 }
 
 // ---- products of codes

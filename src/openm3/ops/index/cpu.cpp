@@ -29,6 +29,9 @@ constexpr std::int64_t ESTIMATES_AT_ONCE = 1 << 22;
 constexpr int PAGES_AT_ONCE = 16;
 // From here on it pays to encode keys that came without codes.
 constexpr int QUERIES_TO_ENCODE = 8;
+// So few scores of a request are computed by one thread, if there are other requests for the others: for 130 two threads
+// that meet four times take as long as one.
+constexpr std::int64_t SCORES_ON_ONE_THREAD = 4096;
 // With no more query rows than this a page takes longer to read than to multiply on tiles.
 [[maybe_unused]] constexpr int ROWS_TO_READ = 64;
 
@@ -88,6 +91,10 @@ struct Queries {
 struct Statistics {
     // Scanned: blocks times query rows. Bytes: of codes (of keys where there are none), each read once for many rows.
     std::int64_t scanned = 0, rescored_blocks = 0, rescored_keys = 0, bytes = 0;
+
+    void add(const Statistics& other) {
+        scanned += other.scanned, rescored_blocks += other.rescored_blocks, rescored_keys += other.rescored_keys, bytes += other.bytes;
+    }
 };
 
 // The best blocks of each of LANES query rows, best first: larger scores, then those that came first.
@@ -336,66 +343,94 @@ struct Call {
     const float* bound;
     int groups, num_selected, num_local, threads;
     std::int32_t* out;
+
+    // How many blocks request r scores: those before its last token's local ones, none where all of them fit. Every key
+    // of these is there.
+    std::int64_t scored(int r) const {
+        if (batch.count(r) == 0) return 0;
+        const std::int64_t last = batch.position(r, batch.start[r + 1] - 1) / keys.block;
+        const bool all = last < num_selected || num_local == num_selected;
+        return all ? 0 : std::max<std::int64_t>(0, last - num_local + 1);
+    }
 };
 
+// The tokens of request r, on so many threads.
 template <class T, class Q>
-Statistics select(const Call& call, const Q* q, std::int64_t stride_t, std::int64_t stride_g) {
+Statistics select_request(const Call& call, int r, const Q* q, std::int64_t stride_t, std::int64_t stride_g, int threads) {
     const Batch& batch = call.batch;
     const Keys& keys = call.keys;
     const int groups = call.groups;
+    const std::int64_t begin = batch.start[r], end = batch.start[r + 1];
     Statistics stats;
-    Queries queries;
-    queries.groups = groups;
+    if (begin == end) return stats;
     // Kept from call to call: fresh memory costs a fault a page.
     thread_local std::vector<float> scratch;
+    thread_local Queries queries;
+    queries.groups = groups;
     OwnCodes own_codes;
-    for (int r = 0; r < batch.requests; r++) {
-        const std::int64_t begin = batch.start[r], end = batch.start[r + 1];
-        if (begin == end) continue;
-        const std::int32_t* page = batch.pages(r);
-        const std::int64_t last_own = batch.position(r, end - 1) / keys.block;
-        // Only blocks before the last token's local ones are scored, and of these every key is there.
-        const bool all = last_own < call.num_selected || call.num_local == call.num_selected;
-        const std::int64_t scored = all ? 0 : std::max<std::int64_t>(0, last_own - call.num_local + 1);
-        Codes codes{call.code, call.bound, page};
-        if (!codes.code && scored && (end - begin) * groups >= QUERIES_TO_ENCODE)
-            codes = own_codes.make<T>(keys, page, scored, call.threads);
-        const Selection<T> selection(keys, codes, page, scored, call.num_selected, call.num_local);
-        const std::int64_t step = std::clamp<std::int64_t>(ESTIMATES_AT_ONCE / (std::max<std::int64_t>(scored, 1) * groups), 1, 4096);
-        for (std::int64_t first = begin; first < end; first += step) {
-            queries.read(q + first * stride_t, stride_t, stride_g, int(std::min(step, end - first)), keys);
-            scratch.resize(std::max(scratch.size(), std::size_t(scored) * queries.stride()));
-            float* const estimates = scratch.data();
-            std::vector<std::int64_t> own(queries.stride());
-            std::vector<std::int32_t*> out(queries.stride());
-            for (int i = 0; i < queries.rows; i++) {
-                const std::int64_t t = first + i / groups;
-                own[i] = batch.position(r, t) / keys.block;
-                queries.others[i] = selection.others(own[i]);
-                out[i] = call.out + (t * groups + i % groups) * call.num_selected;
-            }
-            std::int64_t blocks = 0, tokens = 0;
-#pragma omp parallel num_threads(call.threads) reduction(+ : blocks, tokens)
-            {
-#pragma omp for schedule(dynamic)
-                for (std::int64_t b = 0; b < scored; b += PAGES_AT_ONCE)
-                    selection.estimate(queries, b, std::min(b + PAGES_AT_ONCE, scored), estimates);
-                if (codes.code && scored) {
-#pragma omp for schedule(dynamic)
-                    for (int i = 0; i < queries.rows; i += LANES) selection.bound(queries, i, estimates);
-                    Statistics mine;
-#pragma omp for schedule(dynamic, PAGES_AT_ONCE)
-                    for (std::int64_t b = 0; b < scored; b++) selection.rescore(queries, b, estimates, mine);
-                    blocks += mine.rescored_blocks, tokens += mine.rescored_keys;
-                }
-#pragma omp for schedule(dynamic)
-                for (int i = 0; i < queries.rows; i += LANES) selection.choose(queries, i, &own[i], estimates, &out[i]);
-            }
-            stats.scanned += scored * queries.rows;
-            stats.bytes += scored * (codes.code ? keys.code_bytes() : keys.block * keys.width * std::int64_t(sizeof(T)));
-            stats.rescored_blocks += blocks, stats.rescored_keys += tokens;
+    const std::int32_t* page = batch.pages(r);
+    const std::int64_t scored = call.scored(r);
+    Codes codes{call.code, call.bound, page};
+    if (!codes.code && scored && (end - begin) * groups >= QUERIES_TO_ENCODE) codes = own_codes.make<T>(keys, page, scored, threads);
+    const Selection<T> selection(keys, codes, page, scored, call.num_selected, call.num_local);
+    const std::int64_t step = std::clamp<std::int64_t>(ESTIMATES_AT_ONCE / (std::max<std::int64_t>(scored, 1) * groups), 1, 4096);
+    for (std::int64_t first = begin; first < end; first += step) {
+        // Other threads of the team have `queries` and `scratch` of their own: they are given these.
+        Queries& rows = queries;
+        rows.read(q + first * stride_t, stride_t, stride_g, int(std::min(step, end - first)), keys);
+        scratch.resize(std::max(scratch.size(), std::size_t(scored) * rows.stride()));
+        float* const estimates = scratch.data();
+        std::vector<std::int64_t> own(rows.stride());
+        std::vector<std::int32_t*> out(rows.stride());
+        for (int i = 0; i < rows.rows; i++) {
+            const std::int64_t t = first + i / groups;
+            own[i] = batch.position(r, t) / keys.block;
+            rows.others[i] = selection.others(own[i]);
+            out[i] = call.out + (t * groups + i % groups) * call.num_selected;
         }
+        std::int64_t blocks = 0, tokens = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : blocks, tokens)
+        {
+#pragma omp for schedule(dynamic)
+            for (std::int64_t b = 0; b < scored; b += PAGES_AT_ONCE)
+                selection.estimate(rows, b, std::min(b + PAGES_AT_ONCE, scored), estimates);
+            if (codes.code && scored) {
+#pragma omp for schedule(dynamic)
+                for (int i = 0; i < rows.rows; i += LANES) selection.bound(rows, i, estimates);
+                Statistics mine;
+#pragma omp for schedule(dynamic, PAGES_AT_ONCE)
+                for (std::int64_t b = 0; b < scored; b++) selection.rescore(rows, b, estimates, mine);
+                blocks += mine.rescored_blocks, tokens += mine.rescored_keys;
+            }
+#pragma omp for schedule(dynamic)
+            for (int i = 0; i < rows.rows; i += LANES) selection.choose(rows, i, &own[i], estimates, &out[i]);
+        }
+        stats.add({scored * rows.rows, blocks, tokens,
+                   scored * (codes.code ? keys.code_bytes() : keys.block * keys.width * std::int64_t(sizeof(T)))});
     }
+    return stats;
+}
+
+// Large requests one after another, each on all threads; then the small ones side by side, where threads need not meet.
+template <class T, class Q>
+Statistics select(const Call& call, const Q* q, std::int64_t stride_t, std::int64_t stride_g) {
+    const Batch& batch = call.batch;
+    Statistics stats;
+    std::vector<int> small;
+    for (int r = 0; r < batch.requests; r++) {
+        const std::int64_t rows = batch.count(r) * call.groups;
+        if (call.threads > 1 && rows <= LANES && rows * call.scored(r) <= SCORES_ON_ONE_THREAD) small.push_back(r);
+        else stats.add(select_request<T>(call, r, q, stride_t, stride_g, call.threads));
+    }
+    const int team = std::min(call.threads, int(small.size()));
+    if (team < 2) {
+        for (const int r : small) stats.add(select_request<T>(call, r, q, stride_t, stride_g, call.threads));
+        return stats;
+    }
+    std::vector<Statistics> each(small.size());
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+    for (std::size_t i = 0; i < small.size(); i++) each[i] = select_request<T>(call, small[i], q, stride_t, stride_g, 1);
+    for (const Statistics& mine : each) stats.add(mine);
     return stats;
 }
 
@@ -414,27 +449,42 @@ void check_codes(const Keys& keys, const Tensor& code, const Tensor& bound) {
         throw std::invalid_argument("codes and bounds must be of the pool's pages");
 }
 
+// A page of which one slot is named has one new key, and its codes stand for the others already; but its first key means a
+// new page, and its last is a good time to forget what other keys did to the bounds.
+template <class T>
+void encode_slots(const Keys& keys, const std::int64_t* slot, std::size_t count, std::uint8_t* code, float* bound) {
+    const std::int64_t page = slot[0] / keys.block;
+    const int first = int(slot[0] % keys.block);
+    if (count == 1 && first > 0 && first < keys.block - 1 && encode_key<T>(keys, page, first, code, bound)) return;
+    encode_page<T>(keys, page, code, bound);
+}
+
 void encode_pages(const Tensor& index_k, const Tensor& slots, const Tensor& code, const Tensor& bound, int threads) {
     const Keys keys = keys_of(index_k);
     check_codes(keys, code, bound);
-    std::vector<std::int64_t> page = integers(slots, "slot_T");
-    for (std::int64_t& p : page) {
-        if (p < 0 || p >= std::int64_t(keys.pages) * keys.block)
-            throw std::invalid_argument("slot " + std::to_string(p) + " is outside the pool");
-        p /= keys.block;
-    }
-    std::sort(page.begin(), page.end());
-    page.erase(std::unique(page.begin(), page.end()), page.end());
+    std::vector<std::int64_t> slot = integers(slots, "slot_T");
+    for (const std::int64_t s : slot)
+        if (s < 0 || s >= std::int64_t(keys.pages) * keys.block)
+            throw std::invalid_argument("slot " + std::to_string(s) + " is outside the pool");
+    std::sort(slot.begin(), slot.end());
+    // Where each page's slots begin.
+    std::vector<std::size_t> begin;
+    for (std::size_t i = 0; i < slot.size(); i++)
+        if (i == 0 || slot[i] / keys.block != slot[i - 1] / keys.block) begin.push_back(i);
+    const std::size_t pages = begin.size();
+    begin.push_back(slot.size());
     auto* codes = data_of<std::uint8_t>(code, "code_MC");
     auto* bounds = data_of<float>(bound, "bound_M3");
     const bool wide = is_float32(index_k);
     if (!wide && !is_bfloat16(index_k)) throw std::invalid_argument("index keys must be float32 or bfloat16");
-    const int team = page.size() > 8 ? threads : 1;
+    const int team = pages > 8 && slot.size() > pages ? threads : 1;
 #pragma omp parallel for num_threads(team) schedule(dynamic, 4)
-    for (std::size_t i = 0; i < page.size(); i++) {
-        std::uint8_t* c = codes + page[i] * keys.code_bytes();
-        if (wide) encode_page<float>(keys, page[i], c, bounds + 3 * page[i]);
-        else encode_page<bfloat16>(keys, page[i], c, bounds + 3 * page[i]);
+    for (std::size_t i = 0; i < pages; i++) {
+        const std::int64_t page = slot[begin[i]] / keys.block;
+        const std::size_t count = begin[i + 1] - begin[i];
+        std::uint8_t* c = codes + page * keys.code_bytes();
+        if (wide) encode_slots<float>(keys, &slot[begin[i]], count, c, bounds + 3 * page);
+        else encode_slots<bfloat16>(keys, &slot[begin[i]], count, c, bounds + 3 * page);
     }
 }
 

@@ -193,6 +193,27 @@ inline void transpose(V (&x)[LANES]) {
 }
 #endif
 
+// What row i of a sum takes from itself and from row i + S, so that lane n of the two together is of row i or i + S: its
+// own lanes, or (Other) those that they are to be added to.
+template <int S, bool Other>
+struct Fold {
+    static constexpr int lane(int i) { return (i & S ? LANES : 0) + (Other ? i ^ S : i); }
+};
+
+// Lane i: the sum of x[i]'s lanes. Overwrites x.
+template <int S = LANES / 2>
+inline vfloat sums(vfloat (&x)[LANES]) {
+    if constexpr (S == 0) {
+        return x[0];
+    } else {
+        for (int i = 0; i < S; i++) {
+            const vfloat a = x[i], b = x[i + S];
+            x[i] = pick<Fold<S, false>>(a, b) + pick<Fold<S, true>>(a, b);
+        }
+        return sums<S / 2>(x);
+    }
+}
+
 // e^x within 1.01 ulp for x in [-87.3, 88]; 0 below, infinity above, NaN for NaN.
 inline vfloat exp(vfloat x) {
 #if defined(__AVX512F__)

@@ -42,13 +42,13 @@ def test_operators_are_timed_without_those_that_they_call() -> None:
 def test_an_engine_reports_its_sparsity() -> None:
     model = load("m3-tiny")
     engine = Engine(model, EngineConfig(cache_tokens=20_000))
-    engine._probe = Probe(every=2)
+    engine._probe = Probe(every=3)
     ids = model.tokenizer.encode(Path(__file__).read_text(encoding="utf-8") * 5)[:6000]
     prompts = [ids, ids[:5000]]
     plain = Engine(model, EngineConfig(cache_tokens=20_000)).generate(prompts, SamplingParams(max_tokens=10))
     assert [reply.ids for reply in engine.generate(prompts, SamplingParams(max_tokens=10))] == [r.ids for r in plain]
     found = engine.stats()
-    assert 10 < found["blocks_selected"] <= 16
+    assert 8 < found["blocks_selected"] <= 16
     assert 0.3 < found["overlap_steps"] <= 1 and 0.3 < found["overlap_neighbours"] <= 1
     times = [found[f"time_{part}"] for part in ("index", "attention", "experts", "rest")]
     assert min(times) > 0 and sum(times) == pytest.approx(1)

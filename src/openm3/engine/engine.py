@@ -125,8 +125,8 @@ class Engine:
             if work.request.begun is None:
                 work.request.begun = begun
         try:
-            with self._probe.looking(plan) as looking:
-                drawn = self.runner.run(plan, self._probe if looking else None)
+            with self._probe.looking(plan) as observer:
+                drawn = self.runner.run(plan, observer)
         except BaseException:
             # Ctrl-C, say: what was to be computed is computed by the next step, but nobody knows what was copied.
             self.scheduler.undo(plan)

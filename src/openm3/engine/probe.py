@@ -1,7 +1,7 @@
 """How sparse attention behaves on what an engine serves, from a look at some of its steps.
 
-A look costs a second selection in each layer and a clock around each operator, so one step in many is looked at, and
-the one after it, to see what changes between steps.
+A look costs a second selection in each layer, so one step in many is looked at, and the one after it, to see what
+changes between steps. On the next a clock runs around each operator: nobody looks at it, so it may be a replayed one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from openm3.engine.scheduler import Plan
-from openm3.model.attention import Heads
+from openm3.model.attention import Heads, Observer
 from openm3.model.batch import Batch
 from openm3.ops.dispatch import timed
 from openm3.ops.index import native
 
 EVERY = 64
-"""Of so many steps two are looked at."""
+"""Of so many steps two are looked at and one is timed."""
+
+LOOKS = 2
+"""Steps in a row that are looked at."""
 
 PARTS = {
     "index": ("select_blocks", "encode_pages"),
@@ -37,24 +40,27 @@ class Probe:
         self.every = every
         self._step = 0
         self._plan = Plan()
-        self._own = 0.0
         self._last: dict[tuple[int, int], Tensor] = {}
         self._sums: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def looking(self, plan: Plan) -> Iterator[bool]:
-        """Around one step: whether it is looked at, as the network's observer, with its operators timed."""
+    def looking(self, plan: Plan) -> Iterator[Observer | None]:
+        """Around one step: who is to observe the network, if anybody is; times its operators where that is due."""
         self._step += 1
-        if self._step % self.every > 1:
-            self._last.clear()
-            yield False
+        turn = self._step % self.every
+        if turn < LOOKS:
+            self._plan = plan
+            yield self
             return
-        self._plan, self._own = plan, 0.0
+        self._last.clear()
+        if turn > LOOKS:
+            yield None
+            return
         begin = perf_counter()
         with timed() as seconds:
-            yield True
-        seconds["step"] = perf_counter() - begin - self._own
+            yield None
+        seconds["step"] = perf_counter() - begin
         for name, spent in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
@@ -62,7 +68,6 @@ class Probe:
         """See one layer's selection."""
         if heads.block_TGK is None or heads.index_q_TGJ is None:
             return
-        begin = perf_counter()
         block_TGK = heads.block_TGK
         self._add("selected", float((block_TGK >= 0).sum()), block_TGK.shape[0] * block_TGK.shape[1])
         for row, work in enumerate(self._plan.works):
@@ -75,7 +80,6 @@ class Probe:
                 self._add("shared", *common(own_TGK[:-1], own_TGK[1:]))
             self._last[layer, work.request.id] = own_TGK[-1].clone()
         self._count(heads, batch)
-        self._own += perf_counter() - begin
 
     def report(self) -> dict[str, float]:
         """Ratios by name; those of which nothing was seen are left out.

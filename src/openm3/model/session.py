@@ -10,6 +10,7 @@ from torch import Tensor
 from openm3.config import BLOCK
 from openm3.model.attention import Observer
 from openm3.model.batch import Batch
+from openm3.model.capture import Capture
 from openm3.model.network import Network
 from openm3.model.replay import Replay
 
@@ -28,6 +29,7 @@ class Session:
         self.device = network.embed.weight.device
         self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
         self._page_P = torch.arange(num_pages, dtype=torch.int32)
+        self._capture: Capture | None = None
         self._replay: Replay | None = None
 
     @torch.inference_mode()
@@ -65,7 +67,7 @@ class Session:
     def decode(self, logit_V: Tensor, limit: int, observer: Observer | None = None) -> Iterator[int]:
         """Greedy tokens from the logits after the prompt, at most `limit`; equal logits take the smaller id.
 
-        On a GPU steps are captured and replayed, unless somebody observes them.
+        Steps are captured and replayed, unless somebody observes them.
         """
         if self.device.type == "cuda" and observer is None:
             yield from self._replayed(logit_V, limit)
@@ -74,7 +76,19 @@ class Session:
             token = int(logit_V.argmax())
             yield token
             if i + 1 < limit:
-                logit_V = self.read([token], observer=observer)
+                logit_V = self._next(token) if observer is None else self.read([token], observer=observer)
+
+    @torch.inference_mode()
+    def _next(self, token: int) -> Tensor:
+        """The logits [V] after one more token."""
+        if self._capture is None:
+            self._capture = Capture(self.network, self.pools)
+        pages_P = self._page_P[: self.length // BLOCK + 1]
+        logit_1V = self._capture.logits(Batch.step(torch.tensor([token]), self.length, pages_P))
+        if logit_1V is None:
+            return self.read([token])
+        self.length += 1
+        return logit_1V[0].float()
 
     def _replayed(self, logit_V: Tensor, limit: int) -> Iterator[int]:
         if self._replay is None:

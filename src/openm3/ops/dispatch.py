@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -51,8 +51,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         run = self.choose(*args).run
-        clock = _clock.get()
-        return run(*args) if clock is None else clock.time(self.name, run, args)
+        found = _watcher.get()
+        return run(*args) if found is None else found.watch(self.name, run, args)
 
     def choose(self, *args: Any) -> Implementation:
         """The implementation that would run this call. Raises UnsupportedError with every reason."""
@@ -94,11 +94,29 @@ def timed() -> Iterator[dict[str, float]]:
     GPUs are waited for before and after each operator, which slows them down.
     """
     clock = _Clock()
-    token = _clock.set(clock)
-    try:
+    with watched(clock):
         yield clock.seconds
+
+
+class Watcher(Protocol):
+    """Makes the calls of operators in place of `Operator`."""
+
+    def watch(self, name: str, run: Callable[..., Any], args: tuple[Any, ...]) -> Any: ...
+
+
+@contextmanager
+def watched(by: Watcher) -> Iterator[None]:
+    """Have somebody else make the calls of operators in the current context."""
+    token = _watcher.set(by)
+    try:
+        yield
     finally:
-        _clock.reset(token)
+        _watcher.reset(token)
+
+
+def watcher() -> Watcher | None:
+    """Who makes the calls of operators in the current context, None if nobody in particular."""
+    return _watcher.get()
 
 
 class _Clock:
@@ -106,7 +124,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
         self._within = 0.0
 
-    def time(self, name: str, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def watch(self, name: str, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         outer, self._within = self._within, 0.0
         begin = self._now()
         try:
@@ -123,7 +141,7 @@ class _Clock:
         return perf_counter()
 
 
-_clock: ContextVar[_Clock | None] = ContextVar("openm3_clock", default=None)
+_watcher: ContextVar[Watcher | None] = ContextVar("openm3_watcher", default=None)
 
 
 def forced() -> str | None:

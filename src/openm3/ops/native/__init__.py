@@ -11,10 +11,13 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from openm3.ops.native.recording import Noted, current
 
 LEVELS = ("amx", "avx512_vnni", "avx512", "avx2", "portable")
 """Every instruction-set level, best first. `portable` is what the compiler makes of any processor, Arm's included."""
@@ -59,11 +62,12 @@ def missing() -> str | None:
     return f"OPENM3_LEVEL={asked} is not one of {', '.join(levels())}"
 
 
-def loaded() -> ModuleType:
-    """The module, where `missing` has said that it is there."""
+def loaded() -> Any:
+    """The module, where `missing` has said that it is there; its calls are noted where somebody records them."""
     found = module()
     assert found is not None, missing()
-    return found
+    recording = current.get()
+    return found if recording is None else Noted(found, recording)
 
 
 def refusal(*tensors: Tensor) -> str | None:

@@ -27,10 +27,8 @@ def body(number: int) -> bytes:
 
 
 def load(pages: PageStore, number: int | bytes, size: int = SIZE) -> bytes | None:
-    """A page, read into two parts."""
-    room = bytearray(size)
-    parts = memoryview(room)[: size // 3], memoryview(room)[size // 3 :]
-    return bytes(room) if pages.load(key(number) if isinstance(number, int) else number, parts) else None
+    found = pages.load(key(number) if isinstance(number, int) else number, size)
+    return None if found is None else bytes(found)
 
 
 def store(folder: Path, most_bytes: int = 1 << 30) -> PageStore:

@@ -38,15 +38,14 @@ class Archive:
     def restore(self, key: bytes, pools: Sequence[Pool], page: int) -> bool:
         """Fill a page with what was kept under a hash; False if there is nothing, or nothing whole."""
         targets = [x[page] for x in _tensors(pools)]
-        # Straight into the pool where the host can reach it.
-        staged = [
-            x if x.is_cpu and x.is_contiguous() else torch.empty_like(x, device="cpu").contiguous() for x in targets
-        ]
-        if not self.store.load(key, [x.view(-1).view(torch.uint8).numpy().data for x in staged]):
+        body = self.store.load(key, sum(x.nbytes for x in targets))
+        if body is None:
             return False
-        for target, given in zip(targets, staged, strict=True):
-            if given is not target:
-                target.copy_(given)
+        first = 0
+        with torch.inference_mode():
+            for x in targets:
+                x.copy_(torch.frombuffer(body, dtype=x.dtype, count=x.numel(), offset=first).view(x.shape))
+                first += x.nbytes
         return True
 
     def restore_all(self, keys: Sequence[bytes], pools: Sequence[Pool], first: int) -> Iterator[int]:

@@ -8,9 +8,10 @@ touched when they are read, and beyond the size limit the longest untouched go f
 from __future__ import annotations
 
 import contextlib
-import io
+import mmap
 import os
 import struct
+import sys
 import tempfile
 import threading
 import zlib
@@ -19,6 +20,9 @@ from pathlib import Path
 from queue import Queue
 
 from openm3.errors import ConfigError
+
+if sys.platform == "linux":
+    import fcntl
 
 _HEADER = struct.Struct("<8s32sQI")
 _MAGIC = b"openm3p1"
@@ -46,6 +50,7 @@ class PageStore:
         self._waiting: Queue[tuple[bytes, bytes] | None] = Queue(_AHEAD)
         self._writer: threading.Thread | None = None
         self._counting = threading.Lock()
+        self._rooms = threading.local()
         self.written = 0
         self.restored = 0
         self.damaged = 0
@@ -63,43 +68,43 @@ class PageStore:
             self._writer.start()
         self._waiting.put((key, b"".join(parts)))
 
-    def load(self, key: bytes, parts: Sequence[memoryview]) -> bool:
-        """Fill the parts, one after another, with a page; False if there is none, or none that is whole.
+    def load(self, key: bytes, size: int) -> memoryview | None:
+        """The `size` bytes of a page; None if there is none, or none that is whole.
 
-        Then they hold anything. Memory is not allocated: that takes longer than reading. Several threads may load.
+        Several threads may load; the bytes are valid until the thread's next load.
         """
         path = self._path(key)
         try:
-            with path.open("rb", buffering=0) as file:
-                whole = self._is_whole(file, key, parts)
+            whole = self._contents(path, _HEADER.size + size)
         except OSError:
-            return False
+            return None
+        body = whole[_HEADER.size :]
+        right = len(body) == size and whole[: _HEADER.size] == _HEADER.pack(_MAGIC, key, size, zlib.crc32(body))
         with self._counting:
-            self.restored += whole
-            self.damaged += not whole
-        if not whole:
+            self.restored += right
+            self.damaged += not right
+        if not right:
             self._delete(path)
-            return False
+            return None
         with contextlib.suppress(OSError):
             os.utime(path)
-        return True
+        return body
 
-    @staticmethod
-    def _is_whole(file: io.FileIO, key: bytes, parts: Sequence[memoryview]) -> bool:
-        size = sum(part.nbytes for part in parts)
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or os.fstat(file.fileno()).st_size != _HEADER.size + size:
-            return False
-        checksum = 0
-        for part in parts:
-            done = 0
-            while done < part.nbytes:
-                count = file.readinto(part[done:])
-                if not count:
-                    return False
-                done += count
-            checksum = zlib.crc32(part, checksum)
-        return header == _HEADER.pack(_MAGIC, key, size, checksum)
+    def _contents(self, path: Path, size: int) -> memoryview:
+        """What is in a file, if that is of this size; otherwise less."""
+        room = getattr(self._rooms, "room", None)
+        if room is None or len(room) < size:
+            self._rooms.room = room = memoryview(mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE))
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                return room[:0]
+            count = _read_past_cache(file.fileno(), room) if sys.platform == "linux" else 0
+            if count != size:
+                file.seek(0)
+                count = 0
+                while count < size and (more := file.readinto(room[count:size])):
+                    count += more
+        return room[:count]
 
     def flush(self) -> None:
         """Wait until everything saved so far is written."""
@@ -172,3 +177,22 @@ class PageStore:
     def _delete(path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _read_past_cache(file: int, room: memoryview) -> int:
+    """Fill aligned memory from a file; how much of it. What is not in the system's cache does not go through it.
+
+    Making room there for gigabytes that will not be read again takes longer than reading: 2,500 pages of 1 MB come at
+    1,500 MB/s on one thread without, against 390.
+    """
+    with contextlib.suppress(OSError):
+        count = os.preadv(file, [room], 0, os.RWF_NOWAIT)
+        if count == os.fstat(file).st_size:
+            return count
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    with contextlib.suppress(OSError):
+        # Not every file system can.
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+        return os.preadv(file, [room], 0)
+    fcntl.fcntl(file, fcntl.F_SETFL, flags)
+    return 0

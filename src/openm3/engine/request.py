@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -154,6 +155,15 @@ class Delta:
     logprobs: list[Logprob] | None = None
 
 
+@dataclass(frozen=True)
+class Media:
+    """What `count` placeholders from prompt position `first` on stand for: the hash of its content."""
+
+    first: int
+    count: int
+    hash: bytes
+
+
 @dataclass(eq=False)
 class Request:
     """A request on its way. Its keys for `ids[:computed]` are in `pages`; the scheduler alone changes those.
@@ -175,6 +185,7 @@ class Request:
     preempted: int = 0
     drafted: int = 0
     accepted: int = 0
+    media: Sequence[Media] = ()
     begun: float | None = None
     token_times: list[float] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
@@ -191,6 +202,18 @@ class Request:
     def output(self) -> list[int]:
         """The reply's tokens so far."""
         return self.ids[len(self.prompt) :]
+
+    def names(self, first: int, stop: int) -> list[int]:
+        """The tokens from `first` up to `stop` by what their keys depend on.
+
+        A placeholder stands for its part of a picture or video: a number below zero, drawn from the content's hash.
+        """
+        names = self.ids[first:stop]
+        for media in self.media:
+            for i in range(max(first, media.first), min(stop, media.first + media.count)):
+                part = hashlib.blake2b(media.hash + (i - media.first).to_bytes(8, "big"), digest_size=8).digest()
+                names[i - first] = -1 - (int.from_bytes(part, "big") >> 1)
+        return names
 
     @property
     def num_output(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class Runner:
         self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
         self._end_ids = sorted(end_ids)
         self._capture = Capture(network, self.pools)
+        self._page_rows = PageRows()
 
     @torch.inference_mode()
     def run(self, plan: Plan, observer: Observer | None = None) -> list[Drawn | None]:
@@ -50,7 +52,7 @@ class Runner:
         self._copy(plan.copies)
         if not plan.works:
             return []
-        batch = batch_of(plan.works)
+        batch = batch_of(plan.works, self._page_rows)
         single = observer is None and len(batch.ids_T) == len(plan.works)
         logit_SV = self._capture.logits(batch) if single and all(work.samples for work in plan.works) else None
         if logit_SV is not None:
@@ -99,16 +101,39 @@ class Runner:
         return drawn
 
 
-def batch_of(works: Sequence[Work]) -> Batch:
-    """A step's works as the network takes them."""
+class PageRows:
+    """Requests' pages as arrays, made anew for those that have got others since the last step."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[list[int], npt.NDArray[np.int32]]] = {}
+
+    def of(self, works: Sequence[Work]) -> list[npt.NDArray[np.int32]]:
+        """The pages of each work's request."""
+        rows = {}
+        for request in (work.request for work in works):
+            pages, row = self._rows.get(request.id, (None, _NO_PAGES))
+            # Pages are added to a request's list; one that loses them gets a new list.
+            if pages is not request.pages or len(row) != len(pages):
+                row = np.array(request.pages, dtype=np.int32)
+            rows[request.id] = request.pages, row
+        self._rows = rows
+        return [row for _, row in rows.values()]
+
+
+_NO_PAGES = np.zeros(0, dtype=np.int32)
+
+
+def batch_of(works: Sequence[Work], rows: PageRows | None = None) -> Batch:
+    """A step's works as the network takes them; each is another request's."""
     ends = [work.first + work.count + len(work.draft) for work in works]
     widths = [-(-end // BLOCK) for end in ends]
     page_RP = np.zeros((len(works), max(widths)), dtype=np.int32)
     ids: list[int] = []
     positions: list[int] = []
     starts = [0]
-    for row, work, end, width in zip(page_RP, works, ends, widths, strict=True):
-        row[:width] = work.request.pages[:width]
+    pages = (rows or PageRows()).of(works)
+    for row, own, work, end, width in zip(page_RP, pages, works, ends, widths, strict=True):
+        row[:width] = own[:width]
         ids += work.ids
         positions += range(work.first, end)
         starts.append(len(ids))

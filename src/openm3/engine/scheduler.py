@@ -111,7 +111,7 @@ class Scheduler:
         """Let a request wait. It must fit."""
         assert self.fits(request.longest)
         if self.reuse:
-            request.hashes = list(page_hashes(request.ids, self.root, request.hashes))
+            request.hashes = list(page_hashes(request.names(0, len(request.ids)), self.root, request.hashes))
         insort(self.waiting, request, key=lambda r: r.key)
 
     def remove(self, request: Request) -> None:
@@ -152,10 +152,10 @@ class Scheduler:
         if not self.reuse:
             return
         if full > len(request.hashes):
-            request.hashes += page_hashes(request.ids[: full * BLOCK], self.root, request.hashes)
+            request.hashes += page_hashes(request.names(0, full * BLOCK), self.root, request.hashes)
         for i in range(work.first // BLOCK, full):
             parent = request.hashes[i - 1] if i else self.root
-            entry = Published(request.hashes[i], parent, tuple(request.ids[i * BLOCK : (i + 1) * BLOCK]))
+            entry = Published(request.hashes[i], parent, tuple(request.names(i * BLOCK, (i + 1) * BLOCK)))
             if self.pages.publish(request.pages[i], entry) and self.keep is not None:
                 self.keep(entry.hash, request.pages[i])
             self._unpromise(request, entry.hash)
@@ -217,7 +217,7 @@ class Scheduler:
         if self.reuse:
             parent = request.hashes[len(found) - 1] if found else self.root
             # The last token is computed in any case: its logits are needed.
-            rest = request.ids[request.computed : min(len(request.ids) - 1, request.computed + BLOCK)]
+            rest = request.names(request.computed, min(len(request.ids) - 1, request.computed + BLOCK))
             source, same = self.pages.find_partly(parent, rest)
             if same >= LEAST_COPIED:
                 self._copy(source, same, request, plan)

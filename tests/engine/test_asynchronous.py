@@ -95,6 +95,41 @@ def test_slow_listeners_get_long_deltas_and_hold_back_nobody(model: Model) -> No
     play(model, scenario)
 
 
+def test_a_pace_joins_deltas_but_not_the_first_and_the_last(model: Model) -> None:
+    async def scenario(served: AsyncEngine) -> None:
+        prompt = words(4, 30)
+        begin = asyncio.get_running_loop().time()
+        reply = await served.submit(prompt, SamplingParams(max_tokens=60, ignore_eos=True), pace=30.0)
+        first, last = [delta async for delta in reply]
+        assert asyncio.get_running_loop().time() - begin < 20
+        assert first.completion is None and len(first.ids) < 10
+        assert first.ids + last.ids == list(model.generate(prompt, max_new_tokens=60))
+        assert [delta async for delta in reply] == []
+
+    play(model, scenario)
+
+
+def test_a_reply_is_let_in_before_it_is_listened_to_and_closed_at_any_time(model: Model) -> None:
+    async def scenario(served: AsyncEngine) -> None:
+        with pytest.raises(PromptError, match="the prompt is empty"):
+            await served.submit([])
+        reply = await served.submit(words(1, 400), LONG)
+        stats = await served.stats()
+        assert stats["requests_running"] + stats["requests_waiting"] == 1
+        reply.close()
+        assert (await served.stats())["requests_running"] == 0
+        waiting = asyncio.create_task(served.submit(words(2, 30), LONG))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        stats = await served.stats()
+        assert stats["requests_running"] + stats["requests_waiting"] == 0
+        assert served.running
+
+    play(model, scenario)
+
+
 def test_what_is_wrong_is_said_to_who_asked(model: Model) -> None:
     async def scenario(served: AsyncEngine) -> None:
         with pytest.raises(PromptError, match="the prompt is empty"):

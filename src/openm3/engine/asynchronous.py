@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._replies: dict[int, _Reply] = {}
+        self._replies: dict[int, Reply] = {}
         self._failure: BaseException | None = None
         self._closed = False
         # Once the thread has ended nobody would carry out a call: none is put then.
@@ -36,18 +36,29 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="openm3 engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """One reply, as it is written. Raises as `Engine.add` does."""
-        reply = _Reply(asyncio.get_running_loop())
+    @property
+    def running(self) -> bool:
+        """Whether requests are let in: neither closed nor stopped by a step that failed."""
+        return not (self._closed or self._ended)
+
+    async def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, pace: float = 0.0) -> Reply:
+        """Let a request in; its reply, to be closed by whoever may stop listening early. Raises as `Engine.add` does.
+
+        Deltas come `pace` seconds apart or more, the first and the last at once: the listener's loop has less to do.
+        """
+        reply = Reply(asyncio.get_running_loop(), pace, self._leave)
         try:
             await self._call(lambda: self._add(prompt, params, reply))
-            while True:
-                delta = await reply.next()
+        except BaseException:
+            reply.close()
+            raise
+        return reply
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+        """One reply, as it is written. Raises as `Engine.add` does."""
+        with contextlib.closing(await self.submit(prompt, params)) as reply:
+            async for delta in reply:
                 yield delta
-                if delta.completion is not None:
-                    return
-        finally:
-            self._calls.put(lambda: self._leave(reply))
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """One whole reply."""
@@ -124,15 +135,20 @@ class AsyncEngine:
             call()
         return True
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None, reply: _Reply) -> None:
+    def _add(self, prompt: Prompt, params: SamplingParams | None, reply: Reply) -> None:
         if self._closed or self._ended:
             raise self._refusal()
         reply.number = self.engine.add(prompt, params)
         self._replies[reply.number] = reply
 
-    def _leave(self, reply: _Reply) -> None:
-        if self._replies.pop(reply.number, None) is not None:
-            self.engine.abort(reply.number)
+    def _leave(self, reply: Reply) -> None:
+        """Have a listener forgotten, and its request ended if it has not been."""
+
+        def leave() -> None:
+            if self._replies.pop(reply.number, None) is not None:
+                self.engine.abort(reply.number)
+
+        self._calls.put(leave)
 
     def _tell(self, number: int, delta: Delta) -> None:
         reply = self._replies.get(number)
@@ -142,33 +158,60 @@ class AsyncEngine:
                 del self._replies[number]
 
 
-@dataclass
-class _Reply:
-    """What one listener has not heard yet, in one piece."""
+class Reply:
+    """A reply as one listener hears it: an iterator of deltas. What it has not heard yet waits in one piece."""
 
-    loop: asyncio.AbstractEventLoop
-    number: int = 0
-    pending: Delta | Exception | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, loop: asyncio.AbstractEventLoop, pace: float, leave: Callable[[Reply], None]) -> None:
+        self.number = 0
+        self._loop = loop
+        self._pace = pace
+        self._leave = leave
+        self._heard_at = -math.inf
+        self._pending: Delta | Exception | None = None
+        self._lock = threading.Lock()
+        self._arrived = asyncio.Event()
+        self._ended = False
 
-    def put(self, item: Delta | Exception) -> None:
-        with self.lock:
-            joins = isinstance(self.pending, Delta) and isinstance(item, Delta)
-            self.pending = joined(self.pending, item) if joins else item  # type: ignore[arg-type]
-        # The listener's loop may be gone: then nobody listens any more.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.arrived.set)
+    def __aiter__(self) -> Self:
+        return self
 
-    async def next(self) -> Delta:
-        await self.arrived.wait()
-        with self.lock:
-            item, self.pending = self.pending, None
-            self.arrived.clear()
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._arrived.wait()
+        with self._lock:
+            item, self._pending = self._pending, None
+            self._arrived.clear()
+        self._heard_at = self._loop.time()
+        self._ended = not isinstance(item, Delta) or item.completion is not None
         if isinstance(item, Exception):
             raise item
         assert item is not None
         return item
+
+    def close(self) -> None:
+        """Stop listening: a request that has not ended ends within one step."""
+        self._ended = True
+        self._leave(self)
+
+    def put(self, item: Delta | Exception) -> None:
+        """Called by the engine's thread."""
+        with self._lock:
+            before = self._pending
+            joins = isinstance(before, Delta) and isinstance(item, Delta)
+            self._pending = joined(before, item) if joins else item  # type: ignore[arg-type]
+        is_last = not isinstance(item, Delta) or item.completion is not None
+        if before is None or is_last:
+            # The listener's loop may be gone: then nobody listens any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wake, is_last)
+
+    def _wake(self, is_last: bool) -> None:
+        early = self._heard_at + self._pace - self._loop.time()
+        if is_last or early <= 0:
+            self._arrived.set()
+        else:
+            self._loop.call_later(early, self._arrived.set)
 
 
 def joined(a: Delta, b: Delta) -> Delta:

@@ -127,15 +127,12 @@ class _Text:
     """A choice's events as text, its tokens' log-probabilities, and where in the text they begin."""
 
     def __init__(self, prompt: str | list[int], body: CompletionRequest, service: Serves) -> None:
-        self._echoed = ""
+        self._echoed = _text(prompt, service) if body.echo else ""
+        self._echo_awaits_scores = body.echo and body.logprobs is not None
         self._service = service
         self._scores: list[Logprob] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
-        if body.echo:
-            data = b"" if isinstance(prompt, str) else b"".join(map(service.token_bytes, prompt))
-            self._echoed = prompt if isinstance(prompt, str) else data.decode("utf-8", "replace")
-        self._echo_awaits_scores = body.echo and body.logprobs is not None
 
     def added(self, event: Event) -> str:
         match event:
@@ -167,6 +164,13 @@ class _Text:
         for token, logprob in (*score.top, (score.id, score.logprob)):
             top.setdefault(_name(self._service.token_bytes(token)), finite(logprob))
         return _name(data), finite(score.logprob), top, offset
+
+
+def _text(prompt: str | list[int], service: Serves) -> str:
+    """As the tokenizer reads it: half a surrogate pair, say, could not be sent back."""
+    if isinstance(prompt, str):
+        return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return b"".join(service.token_bytes(token) for token in prompt).decode("utf-8", "replace")
 
 
 def _name(data: bytes) -> str:

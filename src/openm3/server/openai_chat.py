@@ -110,7 +110,7 @@ class ChatRequest(Sampling):
         functions = [(i, tool.function) for i, tool in enumerate(self.tools or ()) if tool.type == "function"]
         for i, function in functions:
             if function is None:
-                raise RequestError(f"tools.{i} is of type function, but has no function", param=f"tools.{i}.function")
+                raise RequestError(f"tools.{i}.function is missing in a tool of that type", param=f"tools.{i}.function")
         return [function.plain() for _, function in functions if function is not None]
 
     def _tool_choice(self, tools: Sequence[Mapping[str, Any]]) -> str:

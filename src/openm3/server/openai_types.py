@@ -5,9 +5,10 @@ Unknown fields are let pass. A known one that is null stands for its default; a 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
@@ -32,6 +33,18 @@ def expected(what: str) -> WrapValidator:
             raise PydanticCustomError("expected", "must be {what}", {"what": what}) from None
 
     return WrapValidator(check)
+
+
+def _written(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise PydanticCustomError("written", "must be JSON without half surrogate pairs or endless nesting") from None
+    return value
+
+
+JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_written)]
+"""What others compile and write again; texts of a conversation are taken more easily."""
 
 
 class Fields(BaseModel):
@@ -124,7 +137,7 @@ class CalledFunction(Fields):
     """What a replayed tool call calls; arguments are JSON text."""
 
     name: str
-    arguments: str | dict[str, JsonValue] | None = None
+    arguments: str | JsonObject | None = None
 
 
 class CalledTool(Fields):
@@ -177,7 +190,7 @@ class Function(Fields):
 
     name: str = Field(pattern=r'^[^<>"\r\n]{1,128}$')
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
+    parameters: JsonObject | None = None
 
     def plain(self) -> dict[str, Any]:
         """As `Call.tools` has it."""
@@ -209,7 +222,7 @@ class JsonSchema(Fields):
     """A schema for the reply."""
 
     name: str | None = None
-    schema_: dict[str, JsonValue] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
 
 
 class ResponseFormat(Fields):

@@ -141,11 +141,12 @@ def _choice(choice: str | ToolChoice, tools: _Tools) -> tuple[str, list[dict[str
         return choice, list(tools.functions.values())
     if choice.type == "function" and choice.name:
         return _called(choice.namespace, choice.name), list(tools.functions.values())
-    if choice.type == "allowed_tools":
-        allowed = {_called(tool.namespace, tool.name) for tool in choice.tools or () if tool.name}
-        return choice.mode or "auto", [tool for name, tool in tools.functions.items() if name in allowed]
+    if choice.type == "allowed_tools" and choice.mode and choice.tools is not None:
+        allowed = {_called(tool.namespace, tool.name) for tool in choice.tools if tool.name}
+        return choice.mode, [tool for name, tool in tools.functions.items() if name in allowed]
     raise RequestError(
-        "tool_choice must be auto, none, required, a function with its name or allowed_tools", param="tool_choice"
+        "tool_choice must be auto, none, required, a function with its name, or allowed_tools with mode and tools",
+        param="tool_choice",
     )
 
 

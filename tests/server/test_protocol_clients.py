@@ -81,7 +81,11 @@ def test_a_conversation_with_tools(stage: Stage, claude: anthropic.Anthropic) ->
     stage.play = whole_turn()
     message = claude.messages.create(**ASK, tools=[WEATHER], thinking={"type": "enabled", "budget_tokens": 1024})
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
-    assert (message.stop_reason, message.usage.input_tokens, message.usage.cache_read_input_tokens) == ("tool_use", 7, 4)
+    assert (message.stop_reason, message.usage.input_tokens, message.usage.cache_read_input_tokens) == (
+        "tool_use",
+        7,
+        4,
+    )
     stage.play = reply(Content("Sunny."))
     calls = [block for block in message.content if block.type == "tool_use"]
     results = [{"type": "tool_result", "tool_use_id": block.id, "content": "sun"} for block in calls]

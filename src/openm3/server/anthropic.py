@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from openm3.engine.request import SamplingParams, Usage
 from openm3.server.anthropic_types import (
@@ -28,20 +27,20 @@ from openm3.server.anthropic_types import (
     ToolUseBlock,
 )
 from openm3.server.calls import Call, Event, Finished, Serves, Started
-from openm3.server.conversation import (
+from openm3.server.errors import RequestError, error_body
+from openm3.server.protocol import (
     DOCUMENTED,
     REFUSED,
+    answer,
     check_end,
     checked,
     function,
     sampling,
     seal,
-    told,
     tool_call,
     unseal,
 )
-from openm3.server.errors import RequestError, error_body
-from openm3.server.stream import event_stream, opened, packet, whole
+from openm3.server.stream import packet
 from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
 
 PING = packet({"type": "ping"}, "ping")
@@ -68,15 +67,10 @@ def routes(service: Serves) -> APIRouter:
             top_k=body.top_k,
             stop=body.stop_sequences or (),
         )
-        events = service.stream(_call(body, params=params))
-        reply = _Reply(model, omit_thinking=body.thinking is not None and body.thinking.display == "omitted")
-        if body.stream:
-            started, _ = await opened(events)
-            return event_stream(_packets(reply, started, events, request), ping=PING)
-        for event in await whole(request, events):
-            for _ in reply.add(event):
-                pass
-        return JSONResponse(reply.message)
+        events = service.stream(_call(body, params))
+        omits = body.thinking is not None and body.thinking.display == "omitted"
+        reply = _Reply(model, getattr(request.state, "request_id", ""), omit_thinking=omits)
+        return await answer(reply, events, request, stream=body.stream, ping=PING)
 
     async def count_tokens(body: CountRequest) -> dict[str, int]:
         service.check_model(body.model)
@@ -200,26 +194,11 @@ def _text(blocks: Sequence[Block], place: str, between: str = "\n") -> str:
     return between.join(texts)
 
 
-async def _packets(
-    reply: _Reply, started: Started, events: AsyncGenerator[Event], request: Request
-) -> AsyncGenerator[str]:
-    try:
-        async with aclosing(events):
-            for data in reply.add(started):
-                yield packet(data, data["type"])
-            async for event in events:
-                for data in reply.add(event):
-                    yield packet(data, data["type"])
-    except Exception as error:
-        number = getattr(request.state, "request_id", "")
-        yield packet(error_body(told(error), request.url.path, number), "error")
-
-
 class _Reply:
     """A message as it grows: each event of the call adds to it, and gives the stream's events that tell of that."""
 
-    def __init__(self, model: str, *, omit_thinking: bool) -> None:
-        self.message: dict[str, Any] = {
+    def __init__(self, model: str, request_id: str, *, omit_thinking: bool) -> None:
+        self.body: dict[str, Any] = {
             "id": f"msg_{uuid4().hex[:24]}",
             "type": "message",
             "role": "assistant",
@@ -229,16 +208,17 @@ class _Reply:
             "stop_sequence": None,
             "usage": {},
         }
+        self._request_id = request_id
         self._omits_thinking = omit_thinking
         self._block: dict[str, Any] | None = None
         self._texts: list[str] = []
 
     def add(self, event: Event) -> Iterator[dict[str, Any]]:
-        """The stream's events; all must be taken for the message to be whole. Raises as `check_end` does."""
+        """The stream's events. Raises as `check_end` does."""
         match event:
             case Started(prompt_tokens):
-                self.message["usage"] = {**_usage(Usage(prompt_tokens, 0, 0)), "service_tier": "standard"}
-                yield {"type": "message_start", "message": self.message}
+                self.body["usage"] = {**_usage(Usage(prompt_tokens, 0, 0)), "service_tier": "standard"}
+                yield {"type": "message_start", "message": self.body}
             case Thinking(text):
                 yield from self._opened({"type": "thinking", "thinking": "", "signature": ""})
                 self._texts.append(text)
@@ -263,12 +243,16 @@ class _Reply:
                 yield from self._closed()
                 yield from self._ended(event)
 
+    def fail(self, error: RequestError) -> dict[str, Any]:
+        """The last event of a stream in which something went wrong."""
+        return error_body(error, "/v1/messages", self._request_id)
+
     def _opened(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A block of this kind open at the end of the message."""
         if self._block is None or self._block["type"] != block["type"]:
             yield from self._closed()
             self._block = block
-            self.message["content"].append(block)
+            self.body["content"].append(block)
             yield {"type": "content_block_start", "index": self._index, "content_block": block}
 
     def _closed(self) -> Iterator[dict[str, Any]]:
@@ -294,14 +278,14 @@ class _Reply:
             "stop_sequence": finished.stop,
         }
         usage = _usage(finished.usage, finished.thinking_tokens)
-        self.message |= ending
-        self.message["usage"] |= usage
+        self.body |= ending
+        self.body["usage"] |= usage
         yield {"type": "message_delta", "delta": ending, "usage": usage}
         yield {"type": "message_stop"}
 
     @property
     def _index(self) -> int:
-        return len(self.message["content"]) - 1
+        return len(self.body["content"]) - 1
 
 
 def _usage(usage: Usage, thinking_tokens: int = 0) -> Mapping[str, Any]:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from openm3.engine.request import SamplingParams
-from openm3.server.calls import Call, Event, Serves, Started
-from openm3.server.conversation import (
+from openm3.server.calls import Call, Serves
+from openm3.server.errors import RequestError
+from openm3.server.protocol import (
     DOCUMENTED,
     REFUSED,
     TEMPERATURE,
     TOP_P,
+    answer,
     check_json,
     checked,
     function,
     sampling,
-    told,
     tool_call,
     unseal,
 )
-from openm3.server.errors import RequestError
 from openm3.server.responses_reply import Reply
 from openm3.server.responses_types import (
     CallOutput,
@@ -45,7 +44,6 @@ from openm3.server.responses_types import (
     Tool,
     ToolChoice,
 )
-from openm3.server.stream import event_stream, opened, packet, whole
 
 _STORED = ("previous_response_id", "conversation", "prompt")
 _MEDIA = ("input_image", "input_file", "input_video", "input_audio", "computer_screenshot")
@@ -66,14 +64,7 @@ def routes(service: Serves) -> APIRouter:
         check_json(response)
         summarise = body.reasoning is not None and body.reasoning.summary is not None
         reply = Reply(response, tools.origins, summarise=summarise)
-        events = service.stream(call)
-        if body.stream:
-            started, _ = await opened(events)
-            return event_stream(_packets(reply, started, events))
-        for event in await whole(request, events):
-            for _ in reply.add(event):
-                pass
-        return JSONResponse(reply.response)
+        return await answer(reply, service.stream(call), request, stream=body.stream)
 
     @router.post("/v1/responses/input_tokens", responses=REFUSED)
     async def input_tokens(body: CountRequest) -> dict[str, int | str]:
@@ -258,16 +249,3 @@ def _response(body: ResponsesRequest, model: str, tools: _Tools) -> dict[str, An
         "truncation": "disabled",
         "usage": None,
     }
-
-
-async def _packets(reply: Reply, started: Started, events: AsyncGenerator[Event]) -> AsyncGenerator[str]:
-    try:
-        async with aclosing(events):
-            for data in reply.add(started):
-                yield packet(data, data["type"])
-            async for event in events:
-                for data in reply.add(event):
-                    yield packet(data, data["type"])
-    except Exception as error:
-        data = reply.fail(told(error))
-        yield packet(data, data["type"])

@@ -9,17 +9,17 @@ from uuid import uuid4
 
 from openm3.engine.request import Usage
 from openm3.server.calls import Event, Finished, Started
-from openm3.server.conversation import check_end, seal
 from openm3.server.errors import RequestError
+from openm3.server.protocol import check_end, seal
 from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
 
 _FAILURES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 
 
 class Reply:
-    """Each event of a call adds to `response`, and gives the stream's events that tell of that.
+    """Each event of a call adds to `body`, and gives the stream's events that tell of that.
 
-    `response` holds what is known before the first event. `origins` are the namespace and the own name behind each
+    `response` is the body before the first event. `origins` are the namespace and the own name behind each
     name that the model calls a function by. With `summarise`, thoughts are told in full as summaries; clients get them
     sealed in any case.
     """
@@ -27,7 +27,7 @@ class Reply:
     def __init__(
         self, response: dict[str, Any], origins: Mapping[str, tuple[str | None, str]], *, summarise: bool
     ) -> None:
-        self.response = response
+        self.body = response
         self._origins = origins
         self._summarises = summarise
         self._item: dict[str, Any] | None = None
@@ -35,11 +35,11 @@ class Reply:
         self._num_events = 0
 
     def add(self, event: Event) -> Iterator[dict[str, Any]]:
-        """The stream's events; all must be taken for the response to be whole. Raises as `check_end` does."""
+        """The stream's events. Raises as `check_end` does."""
         match event:
             case Started():
-                yield self._event("created", response=self.response)
-                yield self._event("in_progress", response=self.response)
+                yield self._event("created", response=self.body)
+                yield self._event("in_progress", response=self.body)
             case Thinking(text):
                 yield from self._thought(text)
             case Content(text):
@@ -60,8 +60,8 @@ class Reply:
     def fail(self, error: RequestError) -> dict[str, Any]:
         """The last event of a stream in which something went wrong."""
         code = _FAILURES.get(error.status, "server_error")
-        self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        return self._event("failed", response=self.response)
+        self.body |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        return self._event("failed", response=self.body)
 
     def _thought(self, text: str) -> Iterator[dict[str, Any]]:
         if not self._is_open("reasoning"):
@@ -99,7 +99,7 @@ class Reply:
     def _opened(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from self._closed("completed")
         self._item = item
-        self.response["output"].append(item)
+        self.body["output"].append(item)
         yield self._event("output_item.added", output_index=self._index, item=item)
 
     def _closed(self, status: str) -> Iterator[dict[str, Any]]:
@@ -126,8 +126,8 @@ class Reply:
     def _ended(self, status: str, finished: Finished) -> dict[str, Any]:
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         usage = _usage(finished.usage, finished.thinking_tokens)
-        self.response |= {"status": status, "incomplete_details": cut, "usage": usage, "completed_at": int(time.time())}
-        return self._event(status, response=self.response)
+        self.body |= {"status": status, "incomplete_details": cut, "usage": usage, "completed_at": int(time.time())}
+        return self._event(status, response=self.body)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         number, self._num_events = self._num_events, self._num_events + 1
@@ -139,7 +139,7 @@ class Reply:
 
     @property
     def _index(self) -> int:
-        return len(self.response["output"]) - 1
+        return len(self.body["output"]) - 1
 
 
 def _new(prefix: str) -> str:

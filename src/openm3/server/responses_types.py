@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from openm3.server.conversation import Open, TextOr
+from openm3.server.protocol import Open, TextOr
 
 
 class Part(Open):

@@ -9,14 +9,18 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from openm3.engine.request import SamplingParams
-from openm3.server.calls import Call, Finished, Serves
+from openm3.server.calls import Call, Event, Finished, Serves, Started
 from openm3.server.errors import RequestError, refusal
+from openm3.server.stream import COMMENT, event_stream, opened, packet, whole
 
 TEMPERATURE, TOP_P = 1.0, 0.95
 """M3's own sampling, where a request says nothing."""
@@ -77,8 +81,7 @@ def sampling(
 def checked(call: Call) -> Call:
     """The call itself. Raises RequestError for one that no model can make sense of.
 
-    That is one with values that are no JSON, a choice among no tools, or tool calls and tool results that do not belong
-    together.
+    That is one with values that are no JSON, or with a choice that none of its tools meets.
     """
     check_json([call.messages, call.tools, call.schema])
     names = [tool["function"]["name"] for tool in call.tools]
@@ -86,7 +89,6 @@ def checked(call: Call) -> Call:
         raise RequestError("tool_choice asks for a call, but no tool that can be called here is given")
     if call.tool_choice not in ("auto", "none", "required", *names):
         raise RequestError(f"tool_choice names {call.tool_choice!r}, which is none of the tools: {', '.join(names)}")
-    _check_results(call.messages or ())
     return call
 
 
@@ -96,21 +98,6 @@ def check_json(value: object) -> None:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise RequestError("the request holds NaN, Infinity, half a surrogate pair or endless nesting") from None
-
-
-def _check_results(messages: Sequence[Mapping[str, Any]]) -> None:
-    waiting: set[str] = set()
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            if call["id"] in waiting:
-                raise RequestError(f"two tool calls of one turn have the id {call['id']!r}")
-            waiting.add(call["id"])
-        if message["role"] == "tool":
-            if message["tool_call_id"] not in waiting:
-                raise RequestError(f"the tool result for {message['tool_call_id']!r} answers no tool call before it")
-            waiting.remove(message["tool_call_id"])
-    if waiting:
-        raise RequestError(f"these tool calls have no result: {', '.join(sorted(waiting))}")
 
 
 def function(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -140,19 +127,51 @@ def unseal(sealed: str | None) -> str:
         return ""
 
 
+class Grows(Protocol):
+    """A reply in a protocol's own shape, that each event of a call adds to."""
+
+    body: dict[str, Any]
+    """The reply so far; all of it once the call has finished."""
+
+    def add(self, event: Event) -> Iterator[dict[str, Any]]:
+        """What a stream tells of an event; the reply has grown by it once all is taken. Raises as `check_end` does."""
+
+    def fail(self, error: RequestError) -> dict[str, Any]:
+        """What a stream ends with when something goes wrong."""
+
+
+async def answer(
+    reply: Grows, events: AsyncGenerator[Event], request: Request, *, stream: bool | None, ping: str = COMMENT
+) -> Response:
+    """A call's reply, whole or streamed. Raises what refuses the call."""
+    if stream:
+        started, _ = await opened(events)
+        return event_stream(_packets(reply, started, events), ping)
+    for event in await whole(request, events):
+        for _ in reply.add(event):
+            pass
+    return JSONResponse(reply.body)
+
+
+async def _packets(reply: Grows, started: Started, events: AsyncGenerator[Event]) -> AsyncGenerator[str]:
+    try:
+        async with aclosing(events):
+            for data in reply.add(started):
+                yield packet(data, data["type"])
+            async for event in events:
+                for data in reply.add(event):
+                    yield packet(data, data["type"])
+    except Exception as error:
+        refused = refusal(error)
+        if refused is not error and refused.status >= 500:
+            _LOG.error("a stream failed: %s", refused.message, exc_info=error)
+        data = reply.fail(refused)
+        yield packet(data, data["type"])
+
+
 def check_end(finished: Finished) -> None:
-    """Raises RequestError for a reply that did not end by itself or by a limit."""
+    """Raises RequestError for a reply that ended neither by itself nor by a limit."""
     if finished.reason == "abort":
         raise RequestError("the reply was broken off: the server is stopping", status=503, code="aborted")
     if finished.reason == "error":
-        raise RequestError(
-            "the reply was broken off: the model's logits are no numbers", status=500, code="model_error"
-        )
-
-
-def told(error: Exception) -> RequestError:
-    """What a client is told of an error in the middle of its stream; the log gets the rest."""
-    refused = refusal(error)
-    if refused.status >= 500:
-        _LOG.error("a stream failed: %s", refused.message, exc_info=error)
-    return refused
+        raise RequestError("the reply was broken off: the model computed values that are no numbers", status=500)

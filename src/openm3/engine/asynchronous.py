@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from openm3.engine.constraint import Constraint
 from openm3.engine.engine import Engine, Prompt
 from openm3.engine.request import Completion, Delta, SamplingParams
 from openm3.errors import BusyError, EngineError
@@ -36,11 +37,13 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="openm3 engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> AsyncIterator[Delta]:
         """One reply, as it is written. Raises as `Engine.add` does."""
         reply = _Reply(asyncio.get_running_loop())
         try:
-            await self._call(lambda: self._add(prompt, params, reply))
+            await self._call(lambda: self._add(prompt, params, constraint, reply))
             while True:
                 delta = await reply.next()
                 yield delta
@@ -49,9 +52,11 @@ class AsyncEngine:
         finally:
             self._calls.put(lambda: self._leave(reply))
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> Completion:
         """One whole reply."""
-        async for delta in self.stream(prompt, params):
+        async for delta in self.stream(prompt, params, constraint=constraint):
             if delta.completion is not None:
                 return delta.completion
         raise AssertionError("a reply ended without its last delta")
@@ -124,10 +129,10 @@ class AsyncEngine:
             call()
         return True
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None, reply: _Reply) -> None:
+    def _add(self, prompt: Prompt, params: SamplingParams | None, constraint: Constraint | None, reply: _Reply) -> None:
         if self._closed or self._ended:
             raise self._refusal()
-        reply.number = self.engine.add(prompt, params)
+        reply.number = self.engine.add(prompt, params, constraint=constraint)
         self._replies[reply.number] = reply
 
     def _leave(self, reply: _Reply) -> None:
@@ -173,5 +178,19 @@ class _Reply:
 
 def joined(a: Delta, b: Delta) -> Delta:
     """Two deltas of a reply as one."""
-    logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
-    return Delta(a.ids + b.ids, a.text + b.text, b.finish_reason, b.completion, logprobs)
+    return Delta(
+        a.ids + b.ids,
+        a.text + b.text,
+        b.finish_reason,
+        b.completion,
+        _added(a.logprobs, b.logprobs),
+        _added(a.blocks, b.blocks),
+        _added(a.prompt_logprobs, b.prompt_logprobs),
+    )
+
+
+_Item = TypeVar("_Item")
+
+
+def _added(a: list[_Item] | None, b: list[_Item] | None) -> list[_Item] | None:
+    return None if a is None and b is None else [*(a or ()), *(b or ())]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from openm3.engine.request import Logprob, SamplingParams, Usage
-from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
+from openm3.tokens import Content, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +118,9 @@ class Serves(Protocol):
 
     async def count(self, call: Call) -> int:
         """The tokens of a call's prompt."""
+
+    async def ids(self, call: Call) -> list[int]:
+        """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
+
+    def decoder(self) -> StreamDecoder:
+        """A fresh decoder of the model's ids, one at a time."""

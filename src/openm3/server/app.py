@@ -15,14 +15,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from openm3.errors import OpenM3Error
-from openm3.server import files, health, models, tokenize
+from openm3.server import anthropic, completions, files, health, models, openai_chat, page, responses, tokenize, xray
 from openm3.server.access import OPEN, Access
 from openm3.server.errors import RequestError, is_anthropic, refusal
 from openm3.server.limits import Limits
 from openm3.server.logs import RequestLog, respond
 from openm3.server.service import Service
 
-PROTOCOLS = (health, models, tokenize)
+PROTOCOLS = (health, models, tokenize, openai_chat, completions, responses, anthropic, page, xray)
 """Modules with `routes(service)`."""
 
 _STATUSES = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503)

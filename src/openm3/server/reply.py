@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from openm3.engine.request import Completion, Delta
-from openm3.server.calls import Call, Event, Finished, Reason, Scores
+from openm3.server.calls import Call, Event, Finished, Looked, Progress, PromptScores, Reason, Scores
 from openm3.server.packets import Packets
 from openm3.tokens import Content, StreamRouter, Thinking, Tokenizer, ToolArguments, ToolEnd, ToolStart
 from openm3.tokens import Event as TextEvent
@@ -28,9 +31,17 @@ class ReplyEvents:
         self._thoughts = _Thoughts(tokenizer.token_id("</mm:think>"))
         self._most_calls = 0 if offered(call) is None else math.inf if call.parallel_tool_calls else 1
         self._has_called = False
+        self._num_ids = 0
 
     def take(self, delta: Delta) -> Iterator[Event]:
         """The events of a delta; of the last one the last event is `Finished`."""
+        if delta.prompt_logprobs:
+            yield PromptScores(delta.prompt_logprobs)
+        self._num_ids += len(delta.ids)
+        if self._call.progress and delta.ids:
+            yield Progress(self._num_ids)
+        if delta.blocks:
+            yield Looked(delta.ids, [_selected(block_LGK) for block_LGK in delta.blocks])
         if delta.logprobs:
             yield Scores(delta.logprobs)
         events = self._routed(delta)
@@ -91,6 +102,11 @@ class _Thoughts:
     @property
     def count(self) -> int:
         return self._num_ids if self._has_thought else 0
+
+
+def _selected(block_LGK: NDArray[np.int32]) -> list[list[list[int]]]:
+    """One token's blocks by layer and group, without the places that nothing took."""
+    return [[[block for block in blocks if block >= 0] for blocks in groups] for groups in block_LGK.tolist()]
 
 
 def offered(call: Call) -> list[dict[str, object]] | None:

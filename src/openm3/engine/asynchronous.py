@@ -9,8 +9,9 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from openm3.engine.constraint import Constraint
 from openm3.engine.engine import Engine, Prompt
 from openm3.engine.request import Completion, Delta, SamplingParams
 from openm3.errors import BusyError, EngineError
@@ -41,28 +42,39 @@ class AsyncEngine:
         """Whether requests are let in: neither closed nor stopped by a step that failed."""
         return not (self._closed or self._ended)
 
-    async def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, pace: float = 0.0) -> Reply:
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+        pace: float = 0.0,
+    ) -> Reply:
         """Let a request in; its reply, to be closed by whoever may stop listening early. Raises as `Engine.add` does.
 
         Deltas come `pace` seconds apart or more, the first and the last at once: the listener's loop has less to do.
         """
         reply = Reply(asyncio.get_running_loop(), pace, self._leave)
         try:
-            await self._call(lambda: self._add(prompt, params, reply))
+            await self._call(lambda: self._add(prompt, params, constraint, reply))
         except BaseException:
             reply.close()
             raise
         return reply
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> AsyncIterator[Delta]:
         """One reply, as it is written. Raises as `Engine.add` does."""
-        with contextlib.closing(await self.submit(prompt, params)) as reply:
+        with contextlib.closing(await self.submit(prompt, params, constraint=constraint)) as reply:
             async for delta in reply:
                 yield delta
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> Completion:
         """One whole reply."""
-        async for delta in self.stream(prompt, params):
+        async for delta in self.stream(prompt, params, constraint=constraint):
             if delta.completion is not None:
                 return delta.completion
         raise AssertionError("a reply ended without its last delta")
@@ -135,10 +147,10 @@ class AsyncEngine:
             call()
         return True
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None, reply: Reply) -> None:
+    def _add(self, prompt: Prompt, params: SamplingParams | None, constraint: Constraint | None, reply: Reply) -> None:
         if self._closed or self._ended:
             raise self._refusal()
-        reply.number = self.engine.add(prompt, params)
+        reply.number = self.engine.add(prompt, params, constraint=constraint)
         self._replies[reply.number] = reply
 
     def _leave(self, reply: Reply) -> None:
@@ -216,5 +228,19 @@ class Reply:
 
 def joined(a: Delta, b: Delta) -> Delta:
     """Two deltas of a reply as one."""
-    logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
-    return Delta(a.ids + b.ids, a.text + b.text, b.finish_reason, b.completion, logprobs)
+    return Delta(
+        a.ids + b.ids,
+        a.text + b.text,
+        b.finish_reason,
+        b.completion,
+        _added(a.logprobs, b.logprobs),
+        _added(a.blocks, b.blocks),
+        _added(a.prompt_logprobs, b.prompt_logprobs),
+    )
+
+
+_Item = TypeVar("_Item")
+
+
+def _added(a: list[_Item] | None, b: list[_Item] | None) -> list[_Item] | None:
+    return None if a is None and b is None else [*(a or ()), *(b or ())]

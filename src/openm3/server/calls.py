@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from openm3.engine.request import Logprob, SamplingParams, Usage
-from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
+from openm3.tokens import Content, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,3 +142,9 @@ class Serves(Protocol):
 
     def token_bytes(self, id: int) -> bytes:
         """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
+
+    async def ids(self, call: Call) -> list[int]:
+        """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
+
+    def decoder(self) -> StreamDecoder:
+        """A fresh decoder of the model's ids, one at a time."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 from openm3.engine.request import Completion, Delta
-from openm3.server.calls import Call, Event, Finished, Reason, Scores
+from openm3.server.calls import Call, Event, Finished, Looked, Progress, PromptScores, Reason, Scores
 from openm3.server.packets import Packets
 from openm3.tokens import Content, StreamRouter, Thinking, Tokenizer, ToolArguments, ToolEnd, ToolStart
 from openm3.tokens import Event as TextEvent
@@ -28,18 +28,36 @@ class ReplyEvents:
         self._thoughts = _Thoughts(tokenizer.token_id("</mm:think>"))
         self._most_calls = 0 if offered(call) is None else math.inf if call.parallel_tool_calls else 1
         self._has_called = False
+        self._num_ids = 0
 
     def take(self, delta: Delta) -> Iterator[Event]:
         """The events of a delta; of the last one the last event is `Finished`."""
-        if delta.logprobs:
-            yield Scores(delta.logprobs)
+        if delta.prompt_logprobs:
+            yield PromptScores(delta.prompt_logprobs)
         events = self._routed(delta)
         self._thoughts.take(delta.ids, events)
-        # Scores go with the text of their own tokens: none of it may wait.
-        hold = delta.completion is None and self._call.params.logprobs is None
-        yield from self._packets.push(self._wanted(events), hold=hold)
+        # What is said of tokens goes with their own text: what came before leaves first, and none of it waits.
+        about = list(self._said(delta))
+        if about:
+            yield from self._packets.flush()
+            yield from about
+        yield from self._packets.push(self._wanted(events), hold=delta.completion is None and not about)
         if delta.completion is not None:
             yield self._finished(delta.completion)
+
+    def _said(self, delta: Delta) -> Iterator[Event]:
+        """What the client wanted to know of a delta's tokens beside their text."""
+        self._num_ids += len(delta.ids)
+        if self._call.progress and delta.ids:
+            yield Progress(self._num_ids)
+        if delta.logprobs:
+            yield Scores(delta.logprobs)
+        if delta.blocks:
+            # Ids are ascending, and -1 stands behind the last.
+            looks = [
+                [[[i for i in row if i >= 0] for row in layer] for layer in step.tolist()] for step in delta.blocks
+            ]
+            yield Looked(delta.ids, looks)
 
     def _routed(self, delta: Delta) -> list[TextEvent]:
         if self._router is None:

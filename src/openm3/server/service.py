@@ -11,6 +11,7 @@ from time import time
 
 from openm3.config import BLOCK
 from openm3.engine.asynchronous import AsyncEngine
+from openm3.engine.constraint import Constraint
 from openm3.engine.request import SamplingParams
 from openm3.errors import BusyError, OpenM3Error
 from openm3.model.model import Model
@@ -26,8 +27,8 @@ from openm3.tokens import StreamDecoder
 PACE = 0.04
 """Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
 
-Constraints = Callable[[Call], object | None]
-"""What a reply to a call may be made of, for `AsyncEngine.submit`; None for anything. Raises RequestError."""
+Constraints = Callable[[Call], Constraint | None]
+"""What a reply to a call may be made of, None for anything: its schema, its tool choice, its thinking budget."""
 
 
 class Service:
@@ -115,6 +116,10 @@ class Service:
         """A fresh decoder of the model's ids, one at a time."""
         return self.tokenizer.decoder()
 
+    def token_bytes(self, id: int) -> bytes:
+        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
+        return self.tokenizer.token_bytes(id)
+
     async def stats(self) -> dict[str, float] | None:
         """What the engine says of itself between two steps; None if it does not within a second, or has stopped."""
         with contextlib.suppress(TimeoutError, OpenM3Error):
@@ -133,9 +138,8 @@ class Service:
     async def _run(self, call: Call) -> AsyncGenerator[Event]:
         ids, constraint = await asyncio.to_thread(self._prepared, call)
         params = self._fitting(call, len(ids))
-        del constraint
         try:
-            reply = await self._engine.submit(ids, params, pace=PACE)
+            reply = await self._engine.submit(ids, params, constraint=constraint, pace=PACE)
         except BusyError:
             if self._closing:
                 raise _stopping() from None
@@ -153,7 +157,7 @@ class Service:
                 for event in told.take(delta):
                     yield event
 
-    def _prepared(self, call: Call) -> tuple[list[int], object | None]:
+    def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
         """The prompt and what the reply may be made of: in a thread, since both may take seconds."""
         return self._ids(call), self._constraints(call) if self._constraints is not None else None
 
@@ -176,7 +180,14 @@ class Service:
         longest = min(params.max_tokens, room)
         limit = self.settings.reply_seconds
         timeout = limit if params.timeout is None else min(params.timeout, limit or params.timeout)
-        return replace(params, max_tokens=longest, min_tokens=min(params.min_tokens, longest), timeout=timeout)
+        return replace(
+            params,
+            max_tokens=longest,
+            min_tokens=min(params.min_tokens, longest),
+            timeout=timeout,
+            prompt_logprobs=params.logprobs if call.echo else params.prompt_logprobs,
+            trace=call.xray or params.trace,
+        )
 
 
 def _stopping() -> RequestError:

@@ -28,7 +28,7 @@ PACE = 0.04
 """Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
 
 Constraints = Callable[[Call], Constraint | None]
-"""What a reply to a call may be made of, for `AsyncEngine.submit`; None for anything. Raises RequestError."""
+"""What a reply to a call may be made of, None for anything: its schema, its tool choice, its thinking budget."""
 
 
 class Service:
@@ -112,13 +112,13 @@ class Service:
         """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
         return await asyncio.to_thread(self._ids, call)
 
-    def token_bytes(self, id: int) -> bytes:
-        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
-        return self.tokenizer.token_bytes(id)
-
     def decoder(self) -> StreamDecoder:
         """A fresh decoder of the model's ids, one at a time."""
         return self.tokenizer.decoder()
+
+    def token_bytes(self, id: int) -> bytes:
+        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
+        return self.tokenizer.token_bytes(id)
 
     async def stats(self) -> dict[str, float] | None:
         """What the engine says of itself between two steps; None if it does not within a second, or has stopped."""
@@ -185,8 +185,8 @@ class Service:
             max_tokens=longest,
             min_tokens=min(params.min_tokens, longest),
             timeout=timeout,
-            trace=call.xray,
-            prompt_logprobs=params.logprobs if call.echo else None,
+            prompt_logprobs=params.logprobs if call.echo else params.prompt_logprobs,
+            trace=call.xray or params.trace,
         )
 
 

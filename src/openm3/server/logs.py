@@ -20,7 +20,7 @@ _log = logging.getLogger("openm3.server")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
-# A wrong key stays wrong, but Claude Code would try it ten times; whoever sends a body byte by byte would go on doing so.
+# A wrong key stays wrong, but Claude Code would try it ten times. Who sends a body byte by byte would go on doing so.
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer", "x-should-retry": "false"},
     408: {"Connection": "close"},

@@ -164,6 +164,10 @@ class Tokenizer:
         id_: int | None = self._controls.get(token, self._plain.token_to_id(token))
         return id_
 
+    def token_bytes(self, id_: int) -> bytes:
+        """What a token stands for, often part of a character; nothing for an id without a token."""
+        return self._bytes.get(id_, b"")
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],

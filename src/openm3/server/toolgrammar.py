@@ -207,13 +207,13 @@ class _Values:
     def _needs_json(self, option: Mapping[str, Any], kind: str) -> bool:
         """Whether tags cannot say, or the reader of tags cannot know, what the schema of a container says."""
         if kind == "array":
-            return "prefixItems" in option or not isinstance(option.get("items", {}), Mapping | bool)
+            return "prefixItems" in option or not isinstance(option.get("items", True), Mapping | bool)
         keys = {*_properties(option), *_required(option)}
         return keys == {"item"} or not all(TAG_NAME.fullmatch(key) for key in keys)
 
     def _items(self, option: Mapping[str, Any]) -> str:
         least, most = (_count(option.get(name)) for name in ("minItems", "maxItems"))
-        items = option.get("items", {})
+        items = option.get("items", True)
         if most == 0 or items is False:
             return '"[]"'
         item = self._lark.rule(self._lark.field("item", self._value(items)))
@@ -228,7 +228,7 @@ class _Values:
     def _fields(self, option: Mapping[str, Any]) -> str:
         """Fields in any order, each once, the required ones all there."""
         properties, required = _properties(option), _required(option)
-        properties |= {key: {} for key in required if key not in properties}
+        properties |= {key: True for key in required if key not in properties}
         keys = [key for key, schema in properties.items() if schema is not False]
         fields = {key: self._lark.rule(self._lark.field(key, self._value(properties[key]))) for key in keys}
         if not keys:

@@ -182,7 +182,7 @@ def test_an_address_that_is_taken_is_an_error_before_the_model_is_loaded(capsys:
         (["--port", "70000"], "port must be between 0 and 65535"),
         (["--api-key-file", "no-such-file"], "the key file no-such-file cannot be read"),
         (["no-such-model", "--port", "0"], "no checkpoint folder at no-such-model"),
-        (["--host", "no such host"], "cannot listen at no such host:8000"),
+        (["--host", "203.0.113.1", "--allow-unauthenticated"], "cannot listen at 203.0.113.1:8000: Cannot assign"),
     ],
 )
 def test_what_cannot_be_served_is_an_error(

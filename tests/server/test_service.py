@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -16,7 +16,7 @@ from openm3.server.calls import Call, Event, Finished, Looked, PromptScores, Sco
 from openm3.server.errors import RequestError, refusal
 from openm3.server.service import Service
 from openm3.server.settings import ServerSettings
-from openm3.tokens import Content
+from openm3.tokens import Content, ToolArguments, ToolEnd, ToolStart
 
 Play = Callable[..., None]
 
@@ -264,24 +264,59 @@ def test_an_engine_that_has_failed_is_told(play: Play, monkeypatch: pytest.Monke
     play(test)
 
 
-def test_a_constraint_goes_to_the_engine(model: Model, play: Play) -> None:
-    class Only:
-        finished = False
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}, "required": ["days"]},
+    },
+}
 
-        def mask(self) -> Any:
-            import numpy as np
 
-            return np.arange(model.config.vocab_size) == 65
+@pytest.mark.parametrize("choice", ["required", "get_weather"])
+def test_a_call_that_must_come_comes(play: Play, choice: str) -> None:
+    async def test(service: Service) -> None:
+        call = Call(
+            messages=QUESTION,
+            tools=[TOOL],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            thinking="disabled",
+            params=SamplingParams(max_tokens=400, temperature=1.0, seed=1),
+        )
+        *events, last = await all_of(service, call)
+        assert isinstance(last, Finished) and last.reason in ("tool_calls", "length")
+        assert events[1] == ToolStart(0, "get_weather")
+        (end,) = [event for event in events if isinstance(event, ToolEnd)]
+        assert list(end.arguments) == ["days"] and isinstance(end.arguments["days"], int)
+        text = "".join(event.text for event in events if isinstance(event, ToolArguments))
+        assert last.reason == "length" or json.loads(text) == end.arguments
 
-        def accept(self, token: int) -> None:
-            assert token == 65
+    play(test)
+
+
+def test_a_schema_and_a_budget_are_kept(play: Play) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
 
     async def test(service: Service) -> None:
-        asked: list[Call] = []
-        service._constraints = lambda call: asked.append(call) or Only()  # type: ignore[func-returns-value]
-        call = Call(prompt="x", params=SamplingParams(max_tokens=6))
-        assert content(await all_of(service, call)) == model.tokenizer.decode([65] * 6)
-        assert asked == [call]
+        params = SamplingParams(max_tokens=100)
+        for call in (
+            Call(messages=QUESTION, schema=schema, thinking="enabled", thinking_budget=12, params=params),
+            Call(prompt="Is it? ", schema=schema, params=params),
+        ):
+            *events, last = await all_of(service, call)
+            assert json.loads(content(events)) in ({"ok": True}, {"ok": False})
+            assert isinstance(last, Finished) and last.reason == "stop"
+            assert last.thinking_tokens <= 13
+        with pytest.raises(PromptError, match="not among the tools"):
+            await all_of(service, Call(messages=QUESTION, tools=[TOOL], tool_choice="other"))
+        with pytest.raises(PromptError):
+            await all_of(service, Call(messages=QUESTION, schema={"type": 7}))
 
     play(test)
 

@@ -1,8 +1,8 @@
 """The `openm3` command: what it accepts, and which module does the work.
 
-Flags live here and, those of bench, in cli_bench.py, so that `--help` imports neither torch nor any room; a command's
-module is imported when the command runs. The exit code is the handler's, or 2 for a deliberate error, 130 for Ctrl-C,
-141 when the reader of the output went away.
+Flags live here and, those of bench and serve, in cli_bench.py and cli_serve.py, so that `--help` imports neither torch
+nor any room; a command's module is imported when the command runs. The exit code is the handler's, or 2 for a
+deliberate error, 130 for Ctrl-C, 141 when the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from dataclasses import asdict
 from openm3 import __version__
 from openm3.cli_bench import add_bench
 from openm3.cli_options import Commands, add_json, add_model, add_precision, add_reply, add_threads, command, positive
+from openm3.cli_serve import add_serve
 from openm3.errors import OpenM3Error
 
 HANDLERS = {
     "ask": "openm3.ask.command",
     "chat": "openm3.ask.chat",
+    "serve": "openm3.server.command",
     "train": "openm3.train.command",
     "eval": "openm3.eval.command",
     "agree": "openm3.eval.agree",
@@ -71,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="openm3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="MiniMax Sparse Attention on every machine: ask, train, measure and inspect M3 models.",
+        description="MiniMax Sparse Attention on every machine: ask, serve, train, measure and inspect M3 models.",
         epilog="Start here:\n"
         '  openm3 ask "What is the pass key for Ada?" --file notes.txt\n'
         "  openm3 doctor\n\n"
@@ -81,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_ask(commands)
     _add_chat(commands)
+    add_serve(commands)
     _add_train(commands)
     _add_eval(commands)
     _add_agree(commands)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from openm3.config import BLOCK, EngineConfig
 from openm3.engine.asynchronous import AsyncEngine, joined
 from openm3.engine.engine import Engine
-from openm3.engine.request import Delta, SamplingParams
+from openm3.engine.request import Delta, Logprob, SamplingParams
 from openm3.errors import BusyError, EngineError, PromptError
 from openm3.model.model import Model, load
 
@@ -95,6 +96,41 @@ def test_slow_listeners_get_long_deltas_and_hold_back_nobody(model: Model) -> No
     play(model, scenario)
 
 
+def test_a_pace_joins_deltas_but_not_the_first_and_the_last(model: Model) -> None:
+    async def scenario(served: AsyncEngine) -> None:
+        prompt = words(4, 30)
+        begin = asyncio.get_running_loop().time()
+        reply = await served.submit(prompt, SamplingParams(max_tokens=60, ignore_eos=True), pace=30.0)
+        first, last = [delta async for delta in reply]
+        assert asyncio.get_running_loop().time() - begin < 20
+        assert first.completion is None and len(first.ids) < 10
+        assert first.ids + last.ids == list(model.generate(prompt, max_new_tokens=60))
+        assert [delta async for delta in reply] == []
+
+    play(model, scenario)
+
+
+def test_a_reply_is_let_in_before_it_is_listened_to_and_closed_at_any_time(model: Model) -> None:
+    async def scenario(served: AsyncEngine) -> None:
+        with pytest.raises(PromptError, match="the prompt is empty"):
+            await served.submit([])
+        reply = await served.submit(words(1, 400), LONG)
+        stats = await served.stats()
+        assert stats["requests_running"] + stats["requests_waiting"] == 1
+        reply.close()
+        assert (await served.stats())["requests_running"] == 0
+        waiting = asyncio.create_task(served.submit(words(2, 30), LONG))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        stats = await served.stats()
+        assert stats["requests_running"] + stats["requests_waiting"] == 0
+        assert served.running
+
+    play(model, scenario)
+
+
 def test_what_is_wrong_is_said_to_who_asked(model: Model) -> None:
     async def scenario(served: AsyncEngine) -> None:
         with pytest.raises(PromptError, match="the prompt is empty"):
@@ -165,3 +201,9 @@ def test_who_comes_while_a_step_fails_is_told_too(model: Model, monkeypatch: pyt
 
 def test_deltas_join() -> None:
     assert joined(Delta([1], "a"), Delta([2], "b", "stop")) == Delta([1, 2], "ab", "stop")
+    scored, plain = [Logprob(7, -1.0)], [Logprob(1, -0.5)]
+    blocks = [np.full((2, 1, 4), i, dtype=np.int32) for i in range(3)]
+    first = Delta([1], "a", logprobs=plain, blocks=blocks[:1], prompt_logprobs=scored)
+    both = joined(first, Delta([2, 3], "b", blocks=blocks[1:]))
+    assert (both.ids, both.logprobs, both.prompt_logprobs) == ([1, 2, 3], plain, scored)
+    assert both.blocks is not None and [int(block[0, 0, 0]) for block in both.blocks] == [0, 1, 2]

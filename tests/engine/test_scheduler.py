@@ -9,7 +9,7 @@ import pytest
 
 from openm3.config import BLOCK
 from openm3.engine.pages import Pages
-from openm3.engine.request import Request, SamplingParams
+from openm3.engine.request import Media, Request, SamplingParams
 from openm3.engine.scheduler import Plan, Scheduler
 
 
@@ -62,10 +62,10 @@ class Counting:
                 row = self.content.setdefault(page, [])
                 if position % BLOCK == 0:
                     row = self.content[page] = []
-                row[position % BLOCK :] = [r.ids[position]]
+                row[position % BLOCK :] = r.names(position, position + 1)
             end = work.first + work.count
             kept = [i for page in r.pages for i in self.content[page][:BLOCK]][:end]
-            assert kept == r.ids[:end], "the pages of a request do not hold its tokens"
+            assert kept == r.names(0, end), "the pages of a request do not hold its tokens"
             if work.samples:
                 r.ids.append(next_token(r.ids))
             self.scheduler.advance(work, work.count)
@@ -121,6 +121,30 @@ def test_a_prefix_is_found_up_to_the_middle_of_a_page() -> None:
         (r,) = counting.run()
         assert r.ids == expected(r)
     assert r.cached == 700
+
+
+def test_equal_placeholders_of_different_pictures_share_nothing() -> None:
+    """The page that holds the placeholders, up to the first of them, and none after it."""
+    counting = Counting(make(num_pages=200))
+    before, after = words(6, 300), words(7, 500)
+    prompt = before + [9] * 200 + after
+    cached = []
+    for number, picture in enumerate((b"a cat", b"a dog", b"a cat", None)):
+        r = request(number, prompt)
+        r.media = [Media(300, 200, picture)] if picture is not None else []
+        counting.scheduler.add(r)
+        assert counting.run() == [r] and r.ids == expected(r)
+        cached.append(r.cached)
+    assert cached == [0, 300, len(prompt) // BLOCK * BLOCK, 300]
+
+
+def test_a_part_of_a_picture_has_a_name_of_its_own() -> None:
+    r = request(1, [5, 9, 9, 9, 6])
+    r.media = [Media(1, 3, b"a cat")]
+    names = r.names(0, 5)
+    assert names[0] == 5 and names[4] == 6 and len({*names[1:4]}) == 3 and max(names[1:4]) < 0
+    assert r.names(2, 4) == names[2:4] and r.names(4, 5) == [6]
+    assert request(2, [5, 9]).names(0, 2) == [5, 9]
 
 
 def test_a_prefix_that_others_are_reading_is_waited_for() -> None:

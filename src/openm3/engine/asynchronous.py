@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from openm3.engine.constraint import Constraint
 from openm3.engine.engine import Engine, Prompt
 from openm3.engine.request import Completion, Delta, SamplingParams
 from openm3.errors import BusyError, EngineError
@@ -27,7 +28,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._replies: dict[int, _Reply] = {}
+        self._replies: dict[int, Reply] = {}
         self._failure: BaseException | None = None
         self._closed = False
         # Once the thread has ended nobody would carry out a call: none is put then.
@@ -36,22 +37,44 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="openm3 engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Delta]:
-        """One reply, as it is written. Raises as `Engine.add` does."""
-        reply = _Reply(asyncio.get_running_loop())
-        try:
-            await self._call(lambda: self._add(prompt, params, reply))
-            while True:
-                delta = await reply.next()
-                yield delta
-                if delta.completion is not None:
-                    return
-        finally:
-            self._calls.put(lambda: self._leave(reply))
+    @property
+    def running(self) -> bool:
+        """Whether requests are let in: neither closed nor stopped by a step that failed."""
+        return not (self._closed or self._ended)
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+        pace: float = 0.0,
+    ) -> Reply:
+        """Let a request in; its reply, to be closed by whoever may stop listening early. Raises as `Engine.add` does.
+
+        Deltas come `pace` seconds apart or more, the first and the last at once: the listener's loop has less to do.
+        """
+        reply = Reply(asyncio.get_running_loop(), pace, self._leave)
+        try:
+            await self._call(lambda: self._add(prompt, params, constraint, reply))
+        except BaseException:
+            reply.close()
+            raise
+        return reply
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> AsyncIterator[Delta]:
+        """One reply, as it is written. Raises as `Engine.add` does."""
+        with contextlib.closing(await self.submit(prompt, params, constraint=constraint)) as reply:
+            async for delta in reply:
+                yield delta
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> Completion:
         """One whole reply."""
-        async for delta in self.stream(prompt, params):
+        async for delta in self.stream(prompt, params, constraint=constraint):
             if delta.completion is not None:
                 return delta.completion
         raise AssertionError("a reply ended without its last delta")
@@ -124,15 +147,20 @@ class AsyncEngine:
             call()
         return True
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None, reply: _Reply) -> None:
+    def _add(self, prompt: Prompt, params: SamplingParams | None, constraint: Constraint | None, reply: Reply) -> None:
         if self._closed or self._ended:
             raise self._refusal()
-        reply.number = self.engine.add(prompt, params)
+        reply.number = self.engine.add(prompt, params, constraint=constraint)
         self._replies[reply.number] = reply
 
-    def _leave(self, reply: _Reply) -> None:
-        if self._replies.pop(reply.number, None) is not None:
-            self.engine.abort(reply.number)
+    def _leave(self, reply: Reply) -> None:
+        """Have a listener forgotten, and its request ended if it has not been."""
+
+        def leave() -> None:
+            if self._replies.pop(reply.number, None) is not None:
+                self.engine.abort(reply.number)
+
+        self._calls.put(leave)
 
     def _tell(self, number: int, delta: Delta) -> None:
         reply = self._replies.get(number)
@@ -142,36 +170,77 @@ class AsyncEngine:
                 del self._replies[number]
 
 
-@dataclass
-class _Reply:
-    """What one listener has not heard yet, in one piece."""
+class Reply:
+    """A reply as one listener hears it: an iterator of deltas. What it has not heard yet waits in one piece."""
 
-    loop: asyncio.AbstractEventLoop
-    number: int = 0
-    pending: Delta | Exception | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, loop: asyncio.AbstractEventLoop, pace: float, leave: Callable[[Reply], None]) -> None:
+        self.number = 0
+        self._loop = loop
+        self._pace = pace
+        self._leave = leave
+        self._heard_at = -math.inf
+        self._pending: Delta | Exception | None = None
+        self._lock = threading.Lock()
+        self._arrived = asyncio.Event()
+        self._ended = False
 
-    def put(self, item: Delta | Exception) -> None:
-        with self.lock:
-            joins = isinstance(self.pending, Delta) and isinstance(item, Delta)
-            self.pending = joined(self.pending, item) if joins else item  # type: ignore[arg-type]
-        # The listener's loop may be gone: then nobody listens any more.
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.arrived.set)
+    def __aiter__(self) -> Self:
+        return self
 
-    async def next(self) -> Delta:
-        await self.arrived.wait()
-        with self.lock:
-            item, self.pending = self.pending, None
-            self.arrived.clear()
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._arrived.wait()
+        with self._lock:
+            item, self._pending = self._pending, None
+            self._arrived.clear()
+        self._heard_at = self._loop.time()
+        self._ended = not isinstance(item, Delta) or item.completion is not None
         if isinstance(item, Exception):
             raise item
         assert item is not None
         return item
 
+    def close(self) -> None:
+        """Stop listening: a request that has not ended ends within one step."""
+        self._ended = True
+        self._leave(self)
+
+    def put(self, item: Delta | Exception) -> None:
+        """Called by the engine's thread."""
+        with self._lock:
+            before = self._pending
+            joins = isinstance(before, Delta) and isinstance(item, Delta)
+            self._pending = joined(before, item) if joins else item  # type: ignore[arg-type]
+        is_last = not isinstance(item, Delta) or item.completion is not None
+        if before is None or is_last:
+            # The listener's loop may be gone: then nobody listens any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._wake, is_last)
+
+    def _wake(self, is_last: bool) -> None:
+        early = self._heard_at + self._pace - self._loop.time()
+        if is_last or early <= 0:
+            self._arrived.set()
+        else:
+            self._loop.call_later(early, self._arrived.set)
+
 
 def joined(a: Delta, b: Delta) -> Delta:
     """Two deltas of a reply as one."""
-    logprobs = None if a.logprobs is None and b.logprobs is None else [*(a.logprobs or ()), *(b.logprobs or ())]
-    return Delta(a.ids + b.ids, a.text + b.text, b.finish_reason, b.completion, logprobs)
+    return Delta(
+        a.ids + b.ids,
+        a.text + b.text,
+        b.finish_reason,
+        b.completion,
+        _added(a.logprobs, b.logprobs),
+        _added(a.blocks, b.blocks),
+        _added(a.prompt_logprobs, b.prompt_logprobs),
+    )
+
+
+_Item = TypeVar("_Item")
+
+
+def _added(a: list[_Item] | None, b: list[_Item] | None) -> list[_Item] | None:
+    return None if a is None and b is None else [*(a or ()), *(b or ())]

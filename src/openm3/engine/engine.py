@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Self
 
 from openm3.config import BLOCK, EngineConfig
 from openm3.engine.archive import Archive
+from openm3.engine.constraint import Constraint
 from openm3.engine.lookup import Lookup
 from openm3.engine.pages import Pages
 from openm3.engine.probe import Probe
@@ -23,6 +25,8 @@ from openm3.engine.text import ReplyText
 from openm3.errors import BusyError, ConfigError, PromptError
 from openm3.model.memory import free_bytes, gib, page_bytes
 from openm3.model.model import Model, load
+
+_log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 
@@ -78,8 +82,11 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._heard: dict[int, deque[Delta]] = {}
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Let a request in; its number. Raises PromptError for one that can never run, BusyError for one too many."""
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None) -> int:
+        """Let a request in; its number. Raises PromptError for one that can never run, BusyError for one too many.
+
+        `constraint` says which tokens the reply may be made of; it follows this reply alone.
+        """
         params = params or SamplingParams()
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         ids = self.model.check_ids(ids, params.max_tokens)
@@ -89,7 +96,7 @@ class Engine:
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise BusyError(f"{len(self.scheduler.waiting)} requests are waiting already: try again later")
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        request = Request(next(self._ids), ids, params, seed, self._clock())
+        request = Request(next(self._ids), ids, params, seed, self._clock(), constraint)
         if not self.scheduler.fits(request.longest):
             room = self.pages.num_pages * BLOCK
             raise PromptError(
@@ -137,10 +144,11 @@ class Engine:
         self.totals["steps"] += 1
         self.totals["tokens_computed"] += plan.num_tokens
         for work, result in zip(plan.works, drawn, strict=True):
-            if result is None:
-                self.scheduler.advance(work, work.count)
-            else:
+            work.request.prompt_logprobs += result.scores
+            if result.ids:
                 deltas[work.request.id] = self._take(work, result, now)
+            else:
+                self.scheduler.advance(work, work.count)
         if self.config.check:
             self.scheduler.check()
         for number, delta in deltas.items():
@@ -148,9 +156,11 @@ class Engine:
         self.totals["seconds"] += self._clock() - entered
         return deltas
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+    ) -> Iterator[Delta]:
         """One reply, as it is written. Whoever stops listening ends it. Several may be listened to in turns."""
-        number = self.add(prompt, params)
+        number = self.add(prompt, params, constraint=constraint)
         yield from self._listen(number)
 
     def generate(
@@ -216,36 +226,41 @@ class Engine:
     def _take(self, work: Work, drawn: Drawn, now: float) -> Delta:
         """Append what was drawn, as far as it follows from right draft tokens, and see whether the reply ends."""
         request, text = work.request, self._texts[work.request.id]
+        scores = None
+        if request.num_output == 0 and request.params.prompt_logprobs is not None:
+            scores = request.prompt_logprobs
+        if request.params.max_tokens == 0:
+            self.scheduler.advance(work, work.count)
+            return self._finish(request, "length", Delta([], "", prompt_logprobs=scores))
         ids: list[int] = []
         reason: FinishReason | None = None
         shown, kept, ended = "", 0, False
         for place, token in enumerate(drawn.ids):
             kept = place
-            if token < 0:
-                reason = "error"
+            ended = token in request.params.stop_ids or (token in self.end_ids and not request.params.ignore_eos)
+            reason = "error" if token < 0 else "stop" if ended else _constrained(request, token)
+            if reason == "error":
                 break
             request.token_times.append(now)
             request.ids.append(token)
-            if token in request.params.stop_ids or (token in self.end_ids and not request.params.ignore_eos):
-                reason, ended = "stop", True
+            if ended:
                 break
             ids.append(token)
             shown += text.push(token)
             if text.stopped:
                 reason = "stop"
-            elif request.num_output == request.params.max_tokens:
+            elif reason is None and request.num_output == request.params.max_tokens:
                 reason = "length"
             if reason is not None or place == len(work.draft) or work.draft[place] != token:
                 break
         request.drafted += len(work.draft)
         request.accepted += kept
-        logprobs = None
-        if drawn.logprobs is not None:
-            logprobs = drawn.logprobs[: len(ids)]
-            request.logprobs += logprobs
+        own = None if drawn.logprobs is None else drawn.logprobs[: len(ids)]
+        request.logprobs += own or ()
         if reason != "error":
             self.scheduler.advance(work, work.count + kept)
-        delta = Delta(ids, shown, logprobs=logprobs)
+        blocks = None if drawn.blocks is None else drawn.blocks[: len(ids)]
+        delta = Delta(ids, shown, logprobs=own, blocks=blocks, prompt_logprobs=scores)
         return delta if reason is None else self._finish(request, reason, delta, ended)
 
     def _finish(self, request: Request, reason: FinishReason, delta: Delta, ended: bool = False) -> Delta:
@@ -269,6 +284,7 @@ class Engine:
             Usage(len(request.prompt), request.cached, request.num_output, request.drafted, request.accepted),
             _timings(request, self._clock()),
             request.logprobs if request.params.logprobs is not None else None,
+            request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
         )
         return replace(delta, text=delta.text + rest, finish_reason=reason, completion=completion)
 
@@ -276,6 +292,18 @@ class Engine:
         now = self._clock()
         late = [request for request in self._requests.values() if now > request.deadline]
         return {request.id: self._finish(request, "timeout", Delta([], "")) for request in late}
+
+
+def _constrained(request: Request, token: int) -> FinishReason | None:
+    """Tell a request's constraint which token was taken; why its reply ends, if it does."""
+    if request.constraint is None:
+        return None
+    try:
+        request.constraint.accept(token)
+        return "stop" if request.constraint.finished else None
+    except Exception:
+        _log.exception("request %d: its constraint has failed", request.id)
+        return "error"
 
 
 def num_pages(model: Model, config: EngineConfig) -> int:

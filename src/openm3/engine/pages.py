@@ -23,8 +23,8 @@ SIBLINGS = 64
 def page_hashes(ids: Sequence[int], root: bytes, known: Sequence[bytes] = ()) -> Iterator[bytes]:
     """The hash of each full page: of its tokens and the hash before it, `root` before the first.
 
-    `root` stands for everything else that keys depend on: the model, its precision, media. The first `known` hashes are
-    given and not computed again.
+    `ids` name tokens by what their keys depend on (`Request.names`), `root` stands for everything else: the model, its
+    precision. The first `known` hashes are given and not computed again.
     """
     parent = known[-1] if known else root
     for first in range(len(known) * BLOCK, len(ids) - BLOCK + 1, BLOCK):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from openm3.engine.constraint import Constraint
 from openm3.errors import PromptError
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
-"""Why a reply ended: stop token or string, longest length, client, time, or logits that are no numbers."""
+"""Why a reply ended: stop token or string, longest length, client, time, or that no token could be drawn.
+
+The last comes of logits that are no numbers, and of a constraint that fails or allows nothing.
+"""
 
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -24,8 +33,10 @@ class SamplingParams:
     of tokens seen. The draw of each token depends on `seed` and its place alone; without a seed each request gets one.
     `stop` are strings that end the reply and are not part of it, `stop_ids` tokens likewise, `ignore_eos` goes on after
     the model's end token. `min_tokens` come before any end token. `logprobs` asks for so many likeliest tokens at each
-    place (0: the chosen one alone). Requests of a larger `priority` go first, as if they had come 10 seconds a step
-    earlier. After `timeout` seconds the reply ends as it is. Raises PromptError for impossible values.
+    place (0: the chosen one alone), `prompt_logprobs` for the same at the places of the prompt, none of which is then
+    read from the cache; only with it may `max_tokens` be 0. `trace` asks which blocks each token was drawn from.
+    Requests of a larger `priority` go first, as if they had come 10 seconds a step earlier. After `timeout` seconds the
+    reply ends as it is. Raises PromptError for impossible values.
     """
 
     max_tokens: int = 128
@@ -42,6 +53,8 @@ class SamplingParams:
     stop_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    trace: bool = False
     priority: int = 0
     timeout: float | None = None
 
@@ -50,7 +63,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         self._check_types()
         for name, ok, allowed in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= (self.prompt_logprobs is None), "at least 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens {self.max_tokens}"),
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
@@ -62,6 +75,7 @@ class SamplingParams:
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20"),
             ("timeout", self.timeout is None or self.timeout > 0, "more than 0 seconds"),
         ):
             if not ok:
@@ -70,7 +84,8 @@ class SamplingParams:
     def _check_types(self) -> None:
         """Whatever gets through here is compared and computed with in steps that others have a part in."""
         whole = [(name, getattr(self, name)) for name in ("max_tokens", "min_tokens", "top_k", "priority")]
-        whole += [(name, value) for name in ("seed", "logprobs") if (value := getattr(self, name)) is not None]
+        optional = ("seed", "logprobs", "prompt_logprobs")
+        whole += [(name, value) for name in optional if (value := getattr(self, name)) is not None]
         numbers = [(name, getattr(self, name)) for name in _NUMBERS]
         numbers += [("timeout", self.timeout)] if self.timeout is not None else []
         for kind, allowed, values in (("a whole number", int, whole), ("a number", int | float, numbers)):
@@ -81,6 +96,8 @@ class SamplingParams:
             values = getattr(self, name)
             if not isinstance(values, Sequence) or not all(isinstance(value, item) for value in values):
                 raise PromptError(f"{name} must be {text}, not {values!r}")
+        if not isinstance(self.trace, bool):
+            raise PromptError(f"trace must be true or false, not {self.trace!r}")
 
     @property
     def plain(self) -> bool:
@@ -133,7 +150,10 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole reply. `ids` are its tokens, the end token or the tokens of a stop string not among them."""
+    """A whole reply. `ids` are its tokens, the end token or the tokens of a stop string not among them.
+
+    `prompt_logprobs` are one for each token of the prompt; the first has none before it, so its value is NaN.
+    """
 
     ids: list[int]
     text: str
@@ -141,17 +161,34 @@ class Completion:
     usage: Usage
     timings: Timings
     logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob] | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step added to a reply: tokens, and the text that is certain by now; the last has the whole reply."""
+    """What a step added to a reply: tokens, and the text that is certain by now; the last has the whole reply.
+
+    Where asked for, there are `logprobs` and `blocks` for each of the tokens: the logical blocks that the place it was
+    drawn from selected, int32 [layers, groups, K], ascending, -1 at the tail, -1 alone in dense layers. The first delta
+    has the `prompt_logprobs`.
+    """
 
     ids: list[int]
     text: str
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
     logprobs: list[Logprob] | None = None
+    blocks: list[NDArray[np.int32]] | None = None
+    prompt_logprobs: list[Logprob] | None = None
+
+
+@dataclass(frozen=True)
+class Media:
+    """What `count` placeholders from prompt position `first` on stand for: the hash of its content."""
+
+    first: int
+    count: int
+    hash: bytes
 
 
 @dataclass(eq=False)
@@ -159,7 +196,8 @@ class Request:
     """A request on its way. Its keys for `ids[:computed]` are in `pages`; the scheduler alone changes those.
 
     `ids` are the prompt's and the reply's tokens so far, `hashes` those of their full pages as far as they are known.
-    `key` orders requests: the smallest goes first.
+    `prompt_logprobs` grow from the first token's NaN on if they are asked for. `key` orders requests: the smallest goes
+    first.
     """
 
     id: int
@@ -167,6 +205,7 @@ class Request:
     params: SamplingParams
     seed: int
     arrived: float
+    constraint: Constraint | None = None
     ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -175,13 +214,17 @@ class Request:
     preempted: int = 0
     drafted: int = 0
     accepted: int = 0
+    media: Sequence[Media] = ()
     begun: float | None = None
     token_times: list[float] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [Logprob(self.prompt[0], math.nan)]
 
     @property
     def key(self) -> tuple[float, int]:
@@ -191,6 +234,18 @@ class Request:
     def output(self) -> list[int]:
         """The reply's tokens so far."""
         return self.ids[len(self.prompt) :]
+
+    def names(self, first: int, stop: int) -> list[int]:
+        """The tokens from `first` up to `stop` by what their keys depend on.
+
+        A placeholder stands for its part of a picture or video: a number below zero, drawn from the content's hash.
+        """
+        names = self.ids[first:stop]
+        for media in self.media:
+            for i in range(max(first, media.first), min(stop, media.first + media.count)):
+                part = hashlib.blake2b(media.hash + (i - media.first).to_bytes(8, "big"), digest_size=8).digest()
+                names[i - first] = -1 - (int.from_bytes(part, "big") >> 1)
+        return names
 
     @property
     def num_output(self) -> int:
@@ -202,9 +257,15 @@ class Request:
         return len(self.ids) - self.computed
 
     @property
+    def reusable(self) -> int:
+        """Tokens that need not be computed if their keys are found: those before the first whose logits are needed."""
+        scored = len(self.prompt_logprobs)
+        return scored - 1 if 0 < scored < len(self.prompt) else len(self.ids) - 1
+
+    @property
     def longest(self) -> int:
         """The most keys it can come to: the last token's key is never needed."""
-        return len(self.prompt) + self.params.max_tokens - 1
+        return len(self.prompt) + max(self.params.max_tokens, 1) - 1
 
     @property
     def deadline(self) -> float:

@@ -5,33 +5,42 @@ The only part of the engine that holds tensors. Knows neither queues nor pages' 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from openm3.config import BLOCK
+from openm3.engine.logprobs import logprobs, prompt_logprobs
 from openm3.engine.request import Logprob, Request
 from openm3.engine.scheduler import Plan, Work
+from openm3.engine.trace import Trace
 from openm3.model.attention import Observer
 from openm3.model.batch import Batch
 from openm3.model.capture import Capture
 from openm3.model.network import Network
-from openm3.ops.sample import SampleParams, sample, top_logprobs
+from openm3.ops.sample import SampleParams, sample
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Drawn:
     """The tokens after a work's last token and after each of its draft tokens, as if all before it were right.
 
-    -1 where the logits are NaN or +inf or forbid every token.
+    -1 where no token can be drawn: the logits are NaN or +inf, or none is allowed. No tokens for a prompt that is not
+    read to its end. `blocks` are `Trace`'s for each token, `scores` the log-probabilities that `Work.scored` asks for.
     """
 
-    ids: list[int]
+    ids: Sequence[int] = ()
     logprobs: list[Logprob] | None = None
+    blocks: list[NDArray[np.int32]] | None = None
+    scores: Sequence[Logprob] = ()
 
 
 class Runner:
@@ -43,30 +52,43 @@ class Runner:
         self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
         self._end_ids = sorted(end_ids)
         self._capture = Capture(network, self.pools)
+        self._page_rows = PageRows()
 
     @torch.inference_mode()
-    def run(self, plan: Plan, observer: Observer | None = None) -> list[Drawn | None]:
-        """The step's results, one for each of its works: None for prompts that are not read to their end."""
+    def run(self, plan: Plan, observer: Observer | None = None) -> list[Drawn]:
+        """The step's results, one for each of its works."""
         self._copy(plan.copies)
         if not plan.works:
             return []
-        batch = batch_of(plan.works)
-        single = observer is None and len(batch.ids_T) == len(plan.works)
-        logit_SV = self._capture.logits(batch) if single and all(work.samples for work in plan.works) else None
-        if logit_SV is not None:
-            return list(self._draw(logit_SV.float(), plan.works))
-        hidden_TD = self.network.hidden(batch.to(self.device), self.pools, observer)
+        batch = batch_of(plan.works, self._page_rows)
         rows: list[int] = []
         end = 0
         for work in plan.works:
             end += work.count + len(work.draft)
             rows += range(end - 1 - len(work.draft), end) if work.samples else ()
-        if not rows:
-            return [None] * len(plan.works)
-        logit_SV = self.network.head(hidden_TD[torch.tensor(rows, device=self.device)]).float()
         drawing = [work for work in plan.works if work.samples]
-        drawn = iter(self._draw(logit_SV, drawing))
-        return [next(drawn) if work.samples else None for work in plan.works]
+        trace = None
+        if any(work.request.params.trace for work in drawing):
+            observer = trace = Trace(self.network.config, rows, self.device, observer)
+        single = observer is None and len(batch.ids_T) == len(plan.works) == len(drawing)
+        logit_SV = self._capture.logits(batch) if single else None
+        if logit_SV is not None:
+            return self._draw(logit_SV.float(), drawing)
+        hidden_TD = self.network.hidden(batch.to(self.device), self.pools, observer)
+        drawn: Iterator[Drawn] = iter(())
+        if rows:
+            logit_SV = self.network.head(hidden_TD[torch.tensor(rows, device=self.device)]).float()
+            drawn = iter(self._draw(logit_SV, drawing, trace))
+        results = [next(drawn) if work.samples else Drawn() for work in plan.works]
+        starts = batch.start_R1.tolist()
+        for i, work in enumerate(plan.works):
+            if places := work.scored:
+                first, request = starts[i] + places.start - work.first, work.request
+                ids = request.prompt[places.start + 1 : places.stop + 1]
+                hidden_SD = hidden_TD[first : first + len(places)]
+                scores = prompt_logprobs(self.network.head, hidden_SD, ids, request.params.prompt_logprobs or 0)
+                results[i] = replace(results[i], scores=scores)
+        return results
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:
@@ -76,39 +98,103 @@ class Runner:
             for pages in pool.tensors():
                 pages[target] = pages[source]
 
-    def _draw(self, logit_SV: Tensor, works: Sequence[Work]) -> list[Drawn]:
+    def _draw(self, logit_SV: Tensor, works: Sequence[Work], trace: Trace | None = None) -> list[Drawn]:
         places = [(work.request, i, work.draft[:i]) for work in works for i in range(1 + len(work.draft))]
         requests = [request for request, _, _ in places]
         for row, (request, i, _) in enumerate(places):
-            if request.num_output + i < request.params.min_tokens:
-                logit_SV[row, [*self._end_ids, *request.params.stop_ids]] = -torch.inf
+            if request.constraint is None and request.num_output + i < request.params.min_tokens:
+                logit_SV[row, self._ends(request)] = -torch.inf
+        free_SV, logit_SV = logit_SV, self._constrained(logit_SV, requests)
         best_S, id_S = logit_SV.max(-1)
         broken = [not math.isfinite(best) for best in best_S.tolist()]
         if any(broken):
-            logit_SV = logit_SV.masked_fill(torch.tensor(broken, device=logit_SV.device)[:, None], 0.0)
+            broken_S1 = torch.tensor(broken, device=logit_SV.device)[:, None]
+            free_SV, logit_SV = (x.masked_fill(broken_S1, 0.0) for x in (free_SV, logit_SV))
         if not all(request.params.plain for request in requests):
             id_S, _ = sample(logit_SV, *_sampling(places))
         ids = [-1 if no_number else token for token, no_number in zip(id_S.tolist(), broken, strict=True)]
-        chosen = _logprobs(logit_SV, ids, requests) if any(r.params.logprobs is not None for r in requests) else None
+        asked = [request.params.logprobs for request in requests]
+        # A constraint changes what is drawn, not how likely the model holds it.
+        own = None if set(asked) == {None} else logprobs(free_SV, ids, [count or 0 for count in asked])
+        blocks = None if trace is None else list(trace.block_SLGK.cpu().numpy())
         drawn, first = [], 0
         for work in works:
-            part = slice(first, first + 1 + len(work.draft))
-            asked = work.request.params.logprobs is not None
-            drawn.append(Drawn(ids[part], chosen[part] if asked and chosen is not None else None))
+            part, params = slice(first, first + 1 + len(work.draft)), work.request.params
+            drawn.append(
+                Drawn(
+                    ids[part],
+                    own[part] if own is not None and params.logprobs is not None else None,
+                    blocks[part] if blocks is not None and params.trace else None,
+                )
+            )
             first = part.stop
         return drawn
 
+    def _ends(self, request: Request) -> list[int]:
+        return [*self._end_ids, *request.params.stop_ids]
 
-def batch_of(works: Sequence[Work]) -> Batch:
-    """A step's works as the network takes them."""
+    def _constrained(self, logit_SV: Tensor, requests: Sequence[Request]) -> Tensor:
+        """The logits with -inf for what constraints forbid."""
+        masks = {row: self._mask(request) for row, request in enumerate(requests) if request.constraint is not None}
+        if all(mask is None for mask in masks.values()):
+            return logit_SV
+        forbidden_SV = np.zeros(logit_SV.shape, dtype=np.bool_)
+        for row, mask in masks.items():
+            if mask is not None:
+                forbidden_SV[row] = ~mask
+        return logit_SV.masked_fill(torch.from_numpy(forbidden_SV).to(logit_SV.device), -torch.inf)
+
+    def _mask(self, request: Request) -> NDArray[np.bool_] | None:
+        """What a request's constraint allows, [V]: nothing if it fails, so that this request alone ends."""
+        assert request.constraint is not None
+        allowed = np.zeros(self.network.config.vocab_size, dtype=np.bool_)
+        try:
+            if (mask := request.constraint.mask()) is None:
+                return None
+            allowed[: len(mask)] = mask
+        except Exception:
+            _log.exception("request %d: its constraint has failed", request.id)
+        if request.num_output < request.params.min_tokens:
+            later = allowed.copy()
+            later[self._ends(request)] = False
+            # What must end here does, however short it is.
+            allowed = later if later.any() else allowed
+        return allowed
+
+
+class PageRows:
+    """Requests' pages as arrays, made anew for those that have got others since the last step."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[list[int], NDArray[np.int32]]] = {}
+
+    def of(self, works: Sequence[Work]) -> list[NDArray[np.int32]]:
+        """The pages of each work's request."""
+        rows = {}
+        for request in (work.request for work in works):
+            pages, row = self._rows.get(request.id, (None, _NO_PAGES))
+            # Pages are added to a request's list; one that loses them gets a new list.
+            if pages is not request.pages or len(row) != len(pages):
+                row = np.array(request.pages, dtype=np.int32)
+            rows[request.id] = request.pages, row
+        self._rows = rows
+        return [row for _, row in rows.values()]
+
+
+_NO_PAGES = np.zeros(0, dtype=np.int32)
+
+
+def batch_of(works: Sequence[Work], rows: PageRows | None = None) -> Batch:
+    """A step's works as the network takes them; each is another request's."""
     ends = [work.first + work.count + len(work.draft) for work in works]
     widths = [-(-end // BLOCK) for end in ends]
     page_RP = np.zeros((len(works), max(widths)), dtype=np.int32)
     ids: list[int] = []
     positions: list[int] = []
     starts = [0]
-    for row, work, end, width in zip(page_RP, works, ends, widths, strict=True):
-        row[:width] = work.request.pages[:width]
+    pages = (rows or PageRows()).of(works)
+    for row, own, work, end, width in zip(page_RP, pages, works, ends, widths, strict=True):
+        row[:width] = own[:width]
         ids += work.ids
         positions += range(work.first, end)
         starts.append(len(ids))
@@ -147,16 +233,3 @@ def _sampling(places: _Places) -> tuple[SampleParams, list[list[int]], list[list
     prompts = [request.prompt if request.params.penalises else [] for request, _, _ in places]
     outputs = [[*request.output, *draft] if request.params.penalises else [] for request, _, draft in places]
     return values, prompts, outputs
-
-
-def _logprobs(logit_SV: Tensor, ids: Sequence[int], requests: Sequence[Request]) -> list[Logprob]:
-    id_S = torch.tensor(ids, device=logit_SV.device).clamp(min=0)
-    logprob_S = logit_SV.log_softmax(-1).gather(1, id_S[:, None])[:, 0].tolist()
-    most = max(request.params.logprobs or 0 for request in requests)
-    top_ids, top_values = (x.tolist() for x in top_logprobs(logit_SV, most))
-    return [
-        Logprob(i, value, tuple(zip(best[:count], values[:count], strict=True)))
-        for i, value, best, values, count in zip(
-            ids, logprob_S, top_ids, top_values, [r.params.logprobs or 0 for r in requests], strict=True
-        )
-    ]

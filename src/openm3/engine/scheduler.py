@@ -50,6 +50,12 @@ class Work:
         return self.first + self.count == len(self.request.ids)
 
     @property
+    def scored(self) -> range:
+        """Where its tokens stand whose logits give log-probabilities of the prompt that are asked for and unknown."""
+        known, last = len(self.request.prompt_logprobs), len(self.request.prompt) - 1
+        return range(max(self.first, known - 1), min(self.first + self.count, last)) if known else range(0)
+
+    @property
     def ids(self) -> list[int]:
         return [*self.request.ids[self.first : self.first + self.count], *self.draft]
 
@@ -111,7 +117,7 @@ class Scheduler:
         """Let a request wait. It must fit."""
         assert self.fits(request.longest)
         if self.reuse:
-            request.hashes = list(page_hashes(request.ids, self.root, request.hashes))
+            request.hashes = list(page_hashes(request.names(0, len(request.ids)), self.root, request.hashes))
         insort(self.waiting, request, key=lambda r: r.key)
 
     def remove(self, request: Request) -> None:
@@ -152,10 +158,10 @@ class Scheduler:
         if not self.reuse:
             return
         if full > len(request.hashes):
-            request.hashes += page_hashes(request.ids[: full * BLOCK], self.root, request.hashes)
+            request.hashes += page_hashes(request.names(0, full * BLOCK), self.root, request.hashes)
         for i in range(work.first // BLOCK, full):
             parent = request.hashes[i - 1] if i else self.root
-            entry = Published(request.hashes[i], parent, tuple(request.ids[i * BLOCK : (i + 1) * BLOCK]))
+            entry = Published(request.hashes[i], parent, tuple(request.names(i * BLOCK, (i + 1) * BLOCK)))
             if self.pages.publish(request.pages[i], entry) and self.keep is not None:
                 self.keep(entry.hash, request.pages[i])
             self._unpromise(request, entry.hash)
@@ -197,8 +203,9 @@ class Scheduler:
         for request in list(self.waiting):
             if len(self.running) >= self.max_requests:
                 return
-            found = self.pages.find(request.hashes[: (len(request.ids) - 1) // BLOCK]) if self.reuse else []
-            if len(found) < len(request.hashes) and request.hashes[len(found)] in self._promised:
+            found = self.pages.find(request.hashes[: request.reusable // BLOCK]) if self.reuse else []
+            lacks = len(found) < len(request.hashes) and len(found) * BLOCK < request.reusable
+            if lacks and request.hashes[len(found)] in self._promised:
                 continue
             for page in found:
                 self.pages.hold(page)
@@ -216,8 +223,7 @@ class Scheduler:
         request.computed = len(found) * BLOCK
         if self.reuse:
             parent = request.hashes[len(found) - 1] if found else self.root
-            # The last token is computed in any case: its logits are needed.
-            rest = request.ids[request.computed : min(len(request.ids) - 1, request.computed + BLOCK)]
+            rest = request.names(request.computed, min(request.reusable, request.computed + BLOCK))
             source, same = self.pages.find_partly(parent, rest)
             if same >= LEAST_COPIED:
                 self._copy(source, same, request, plan)
@@ -244,7 +250,7 @@ class Scheduler:
         """Fill a reader's next pages with what was kept of them: then this step computes nothing for it."""
         assert self.restore is not None
         before = request.computed
-        for i in range(before // BLOCK, min((len(request.ids) - 1) // BLOCK, before // BLOCK + RESTORED_AT_ONCE)):
+        for i in range(before // BLOCK, min(request.reusable // BLOCK, before // BLOCK + RESTORED_AT_ONCE)):
             if request.computed != i * BLOCK or not self._grow(request, request.computed + BLOCK, plan):
                 break
             if not self.restore(request.hashes[i], request.pages[i]):
@@ -288,9 +294,12 @@ class Scheduler:
         return max(0, -(-(len(request.ids) + 1) // BLOCK) - len(request.pages))
 
     def _draft(self, request: Request, propose: Propose, most: int) -> tuple[int, ...]:
-        """Draft tokens that fit into the budget, the reply and the pages that are free without preempting anyone."""
+        """Draft tokens that fit into the budget, the reply and the pages that are free without preempting anyone.
+
+        A constrained reply gets none: what it allows at a place depends on the tokens before.
+        """
         most = min(most, request.params.max_tokens - request.num_output - 1)
-        if most <= 0:
+        if most <= 0 or request.constraint is not None:
             return ()
         draft = tuple(propose(request)[:most])
         more = self.pages.allocate(max(0, -(-(len(request.ids) + len(draft)) // BLOCK) - len(request.pages)))

@@ -23,6 +23,7 @@ class Call:
     JSON object, or a JSON schema. At most `thinking_budget` tokens are thought, None for as many as it takes. `echo`
     has the log-probabilities of the prompt's own tokens computed as well (`params.logprobs` says how many).
     `xray` reports which blocks each token attended to. `evidence` finds the prompt's passages behind the answer.
+    `progress` counts the reply's tokens as they come.
     """
 
     messages: Sequence[Mapping[str, Any]] | None = None
@@ -37,6 +38,7 @@ class Call:
     echo: bool = False
     xray: bool = False
     evidence: bool = False
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class Started:
     """The call is let in, its prompt so long; the first event of every call."""
 
     prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The reply's tokens so far, those of the text that comes next among them; only where `Call.progress` asks."""
+
+    completion_tokens: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,19 @@ class Finished:
     evidence: Sequence[Passage] = ()
 
 
-Event = Started | PromptScores | Scores | Looked | Thinking | Content | ToolStart | ToolArguments | ToolEnd | Finished
+Event = (
+    Started
+    | PromptScores
+    | Progress
+    | Scores
+    | Looked
+    | Thinking
+    | Content
+    | ToolStart
+    | ToolArguments
+    | ToolEnd
+    | Finished
+)
 """In order: `Started`; any of the others; `Finished`. Texts are coalesced: 5 to 200 characters, the first at once."""
 
 
@@ -118,6 +139,9 @@ class Serves(Protocol):
 
     async def count(self, call: Call) -> int:
         """The tokens of a call's prompt."""
+
+    def token_bytes(self, id: int) -> bytes:
+        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
 
     async def ids(self, call: Call) -> list[int]:
         """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""

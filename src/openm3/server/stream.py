@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -19,6 +19,8 @@ PING_SECONDS = 10.0
 
 COMMENT = ": ping\n\n"
 """A sign of life that every parser of server-sent events passes over."""
+
+Item = TypeVar("Item")
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -42,8 +44,8 @@ async def opened(events: AsyncIterator[Event]) -> tuple[Started, AsyncIterator[E
     return first, events
 
 
-async def whole(request: Request, events: AsyncIterator[Event]) -> list[Event]:
-    """All events of a call. Ends it when the client goes away; nobody reads what is raised then."""
+async def whole(request: Request, events: AsyncIterator[Item]) -> list[Item]:
+    """All events of a call, or of several. Ends it when the client goes away; nobody reads what is raised then."""
     collecting = asyncio.ensure_future(_collected(events))
     watching = asyncio.ensure_future(_gone(request))
     try:
@@ -58,7 +60,7 @@ async def whole(request: Request, events: AsyncIterator[Event]) -> list[Event]:
                 await task
 
 
-async def _collected(events: AsyncIterator[Event]) -> list[Event]:
+async def _collected(events: AsyncIterator[Item]) -> list[Item]:
     return [event async for event in events]
 
 

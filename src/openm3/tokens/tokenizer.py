@@ -164,6 +164,10 @@ class Tokenizer:
         id_: int | None = self._controls.get(token, self._plain.token_to_id(token))
         return id_
 
+    def token_bytes(self, id_: int) -> bytes:
+        """What a token stands for, often part of a character; nothing for an id without a token."""
+        return self._bytes.get(id_, b"")
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -193,13 +197,14 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise PromptError(f"only text can be encoded, not {type(text).__name__}")
         try:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
+            # A batch of one: unlike `encode` it lets Python's other threads run meanwhile, and keeps no offsets.
+            return list(self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         except (TypeError, UnicodeEncodeError):
-            if not isinstance(text, str):
-                raise PromptError(f"only text can be encoded, not {type(text).__name__}") from None
             whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            return list(self._plain.encode(whole, add_special_tokens=False).ids)
+            return list(self._plain.encode_batch_fast([whole], add_special_tokens=False)[0].ids)
 
     def _named_control(self, name: str) -> int:
         value = self._config.get(name, _CONFIG[name])

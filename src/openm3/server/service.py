@@ -1,0 +1,194 @@
+"""Runs calls on the engine: prompt in, events out. What all protocols stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import time
+
+from openm3.config import BLOCK
+from openm3.engine.asynchronous import AsyncEngine
+from openm3.engine.constraint import Constraint
+from openm3.engine.request import SamplingParams
+from openm3.errors import BusyError, OpenM3Error
+from openm3.model.model import Model
+from openm3.server.calls import Call, Event, Started
+from openm3.server.conversation import conversation
+from openm3.server.errors import RequestError
+from openm3.server.logs import note
+from openm3.server.metrics import Metrics
+from openm3.server.reply import ReplyEvents, offered
+from openm3.server.settings import ServerSettings
+from openm3.tokens import StreamDecoder
+
+PACE = 0.04
+"""Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
+
+Constraints = Callable[[Call], Constraint | None]
+"""What a reply to a call may be made of, None for anything: its schema, its tool choice, its thinking budget."""
+
+
+class Service:
+    """One model behind any number of protocols. `close` it: replies that run may end, what comes later is refused.
+
+    `engine` serves `model`. Evidence for an answer is not found here: it needs the weights of attention, and the engine
+    tells the selected blocks only; `Call.evidence` is passed over.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        model: Model,
+        settings: ServerSettings | None = None,
+        *,
+        constraints: Constraints | None = None,
+    ) -> None:
+        self.settings = settings or ServerSettings()
+        self.tokenizer = model.tokenizer
+        self.vocab_size = model.config.vocab_size
+        self.metrics = Metrics()
+        self.created = int(time())
+        self._engine = engine
+        self._constraints = constraints
+        self._names = self.settings.names or (Path(model.name).resolve().name,)
+        pool = engine.engine.pages.num_pages * BLOCK
+        self.max_model_len = min(model.config.max_positions, pool + 1)
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._closing = False
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """Names that requests may call the model by, its own first."""
+        return self._names
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest reply anybody may ask for; one that does not fit behind its prompt is cut to what fits."""
+        return self.settings.max_tokens
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs."""
+        return self._engine.running
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are let in."""
+        return self.alive and not self._closing
+
+    def check_model(self, name: object) -> str:
+        """The name a reply is to bear, the first one for None. Raises RequestError for a model not served here."""
+        if name is None:
+            return self._names[0]
+        if isinstance(name, str) and name in self._names:
+            return name
+        served = ", ".join(self._names)
+        message = f"the model {name!r} does not exist here; this server has: {served}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    async def stream(self, call: Call) -> AsyncGenerator[Event]:
+        """Run a call; closing the iterator ends it within one step of the engine. Raises as `errors.refusal` knows."""
+        if self._closing:
+            raise _stopping()
+        self._num_running += 1
+        try:
+            async with contextlib.aclosing(self._run(call)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()
+
+    async def count(self, call: Call) -> int:
+        """The tokens of a call's prompt."""
+        return len(await self.ids(call))
+
+    async def ids(self, call: Call) -> list[int]:
+        """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
+        return await asyncio.to_thread(self._ids, call)
+
+    def decoder(self) -> StreamDecoder:
+        """A fresh decoder of the model's ids, one at a time."""
+        return self.tokenizer.decoder()
+
+    def token_bytes(self, id: int) -> bytes:
+        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
+        return self.tokenizer.token_bytes(id)
+
+    async def stats(self) -> dict[str, float] | None:
+        """What the engine says of itself between two steps; None if it does not within a second, or has stopped."""
+        with contextlib.suppress(TimeoutError, OpenM3Error):
+            return await asyncio.wait_for(self._engine.stats(), 1.0) if self.alive else None
+        return None
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Refuse new calls, give those that run `grace` seconds, end the rest with an error, and close the engine."""
+        self._closing = True
+        self._idle.clear()
+        if self._num_running:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), grace)
+        await self._engine.close()
+
+    async def _run(self, call: Call) -> AsyncGenerator[Event]:
+        ids, constraint = await asyncio.to_thread(self._prepared, call)
+        params = self._fitting(call, len(ids))
+        try:
+            reply = await self._engine.submit(ids, params, constraint=constraint, pace=PACE)
+        except BusyError:
+            if self._closing:
+                raise _stopping() from None
+            raise
+        told = ReplyEvents(call, self.tokenizer)
+        note(prompt_tokens=len(ids))
+        self.metrics.started(len(ids))
+        with contextlib.closing(reply), self.metrics.written() as written:
+            yield Started(len(ids))
+            async for delta in reply:
+                written.add(delta)
+                note(completion_tokens=written.num_tokens)
+                if self._closing and delta.finish_reason == "abort":
+                    raise _stopping()
+                for event in told.take(delta):
+                    yield event
+
+    def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
+        """The prompt and what the reply may be made of: in a thread, since both may take seconds."""
+        return self._ids(call), self._constraints(call) if self._constraints is not None else None
+
+    def _ids(self, call: Call) -> list[int]:
+        if call.messages is not None:
+            messages = conversation(call.messages)
+            return self.tokenizer.chat(messages, tools=offered(call), thinking=call.thinking)
+        if isinstance(call.prompt, str):
+            return self.tokenizer.encode(call.prompt)
+        return list(call.prompt or ())
+
+    def _fitting(self, call: Call, num_prompt: int) -> SamplingParams:
+        """The call's own parameters, within what the context and the server's time allow."""
+        params = call.params
+        room = self.max_model_len - num_prompt
+        if room < 1:
+            message = f"prompt is too long: {num_prompt} tokens > {self.max_model_len - 1} maximum"
+            param = "prompt" if call.messages is None else "messages"
+            raise RequestError(message, param=param, code="context_length_exceeded")
+        longest = min(params.max_tokens, room)
+        limit = self.settings.reply_seconds
+        timeout = limit if params.timeout is None else min(params.timeout, limit or params.timeout)
+        return replace(
+            params,
+            max_tokens=longest,
+            min_tokens=min(params.min_tokens, longest),
+            timeout=timeout,
+            prompt_logprobs=params.logprobs if call.echo else params.prompt_logprobs,
+            trace=call.xray or params.trace,
+        )
+
+
+def _stopping() -> RequestError:
+    return RequestError("the server is shutting down: try again later", status=503, code="shutting_down")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import sys
@@ -103,7 +104,9 @@ def measure(chromium: str, tokens: int) -> dict[str, Any]:
         while not server.started:
             time.sleep(0.01)
         with sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            browser = driver.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox"] if os.geteuid() == 0 else []
+            )
             for ratio in (1, 2):
                 view = browser.new_page(viewport={"width": 1600, "height": 1000}, device_scale_factor=ratio)
                 view.goto(f"http://127.0.0.1:{listener.getsockname()[1]}/")

@@ -535,10 +535,13 @@ def test_the_phone_never_scrolls_sideways(service: FakeService, open_page: Open)
     fits()
     view.locator(".open-xray").tap()
     expect(view.locator("#tokens span").first).to_be_visible()
+    covered = "[...document.querySelectorAll('header, main')].map((node) => node.inert)"
+    assert view.evaluate(covered) == [True, True]
     view.locator("#cells").tap()
     expect(view.locator("#reader")).to_be_visible()
     fits()
     view.click("#xray-close")
+    assert view.evaluate(covered) == [False, False]
     view.click("#open-settings")
     fits()
 
@@ -555,7 +558,7 @@ def test_every_control_has_a_name_and_its_turn(service: FakeService, open_page: 
         "slider",
         "spinbutton",
         "switch",
-        "image",
+        "application",
         "dialog",
         "log",
         "complementary",

@@ -221,7 +221,7 @@ export class Xray {
     const percent = share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toPrecision(2);
     $("xray-sum").textContent =
       `${round(read)} of ${number.format(recording.numBlocks)} blocks a row (${percent} %)` +
-      (recording.dense.length ? ` · dense: layer ${ranges(recording.dense)}` : "");
+      (recording.dense.length ? ` · dense: layer${recording.dense.length > 1 ? "s" : ""} ${ranges(recording.dense)}` : "");
     const slider = $("token");
     slider.max = this.#last;
     slider.value = this.#index;

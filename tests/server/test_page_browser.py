@@ -18,6 +18,8 @@ from tests.server.fake_page import NUM_GROUPS, NUM_LAYERS, FakeService, Script, 
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
+# Patience for machines that do other work as well.
+expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -55,7 +57,7 @@ def open_page(browser: Any, url: str) -> Iterator[Open]:
 
     def opened(width: int = 1280, height: int = 800, allowed: str = "(?!)", **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(20_000)
         contexts.append(context)
         view = context.new_page()
         view.on("pageerror", lambda error: problems.append(str(error)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -38,16 +39,16 @@ SILENT_SECONDS = 30.0
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes. Returns 0, or 1 if it could not start. Raises OpenM3Error."""
     settings = _settings(args)
-    listener = listening(settings)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    log_to_stderr(args.log_level)
-    print(f"loading {args.path}", file=sys.stderr, flush=True)
-    model = load(args.path, device=args.device, dtype=getattr(torch, args.dtype), weights=args.weights)
-    engine = AsyncEngine(Engine(model, _engine_config(args)))
-    service = Service(engine, model, settings)
-    server = Server(create_app(service), service)
-    server.run(sockets=[listener])
+    with listening(settings) as listener:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        log_to_stderr(args.log_level)
+        print(f"loading {args.path}", file=sys.stderr, flush=True)
+        model = load(args.path, device=args.device, dtype=getattr(torch, args.dtype), weights=args.weights)
+        engine = AsyncEngine(Engine(model, _engine_config(args)))
+        service = Service(engine, model, settings)
+        server = Server(create_app(service), service)
+        server.run(sockets=[listener])
     return 0 if server.started else 1
 
 
@@ -117,7 +118,7 @@ class Server(uvicorn.Server):
 
 def listening(settings: ServerSettings) -> socket.socket:
     """A socket at the server's address, before anything long begins. Raises ConfigError for one that cannot be had."""
-    where = f"{settings.host}:{settings.port}"
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -126,8 +127,10 @@ def listening(settings: ServerSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        hint = "; give another --port, or 0 for any that is free" if "in use" in str(error) else ""
-        raise ConfigError(f"cannot listen at {where}: {error.strerror}{hint}") from None
+        if listener is not None:
+            listener.close()
+        hint = "; give another --port, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror}{hint}") from None
     return listener
 
 

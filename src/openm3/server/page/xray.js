@@ -10,6 +10,7 @@ const $ = (id) => document.getElementById(id);
 const MOST_HEIGHT = 440;
 const MOST_ROW = 22;
 const TOKENS_PER_SECOND = 12;
+export const NARROW = matchMedia("(max-width: 999px)");
 const number = new Intl.NumberFormat("en-US");
 
 export class Xray {
@@ -24,6 +25,7 @@ export class Xray {
   #playing = 0;
   #opener = null;
   #pointers = new Map();
+  #word;
   #numRows = 0;
   #numBlocks = 0;
 
@@ -38,14 +40,21 @@ export class Xray {
       event.preventDefault();
       this.#read(Number($("block").value));
     };
-    $("tokens").onclick = (event) => event.target.dataset.token && this.go(Number(event.target.dataset.token));
+    $("tokens").onclick = (event) => {
+      if (event.target.dataset.token) this.go(Number(event.target.dataset.token));
+    };
     $("top").onclick = (event) => {
       const button = event.target.closest("button");
       if (button) this.#read(Number(button.dataset.block));
     };
     $("spark").onpointerdown = (event) => this.go(Math.round((event.offsetX / $("spark").clientWidth) * this.#last));
-    $("xray").onkeydown = (event) => event.key === "Escape" && this.close();
+    $("xray").onkeydown = (event) => {
+      if (event.key !== "Escape") return;
+      event.preventDefault();
+      this.close();
+    };
     this.#listen($("cells"));
+    NARROW.onchange = () => this.#cover();
     new ResizeObserver(() => this.#resize()).observe($("map"));
   }
 
@@ -67,7 +76,7 @@ export class Xray {
     this.#reader.use(recording);
     this.#map.show(recording);
     $("xray").hidden = false;
-    document.body.classList.add("with-xray");
+    this.#cover();
     $("tokens").replaceChildren();
     this.#resize();
     this.go(this.#last);
@@ -78,7 +87,7 @@ export class Xray {
   close() {
     this.#pause();
     $("xray").hidden = true;
-    document.body.classList.remove("with-xray");
+    this.#cover();
     this.#opener?.focus();
   }
 
@@ -123,6 +132,11 @@ export class Xray {
 
   get #last() {
     return Math.max(0, (this.#recording?.length ?? 0) - 1);
+  }
+
+  // On a narrow page the panel covers everything else.
+  #cover() {
+    for (const node of document.querySelectorAll("header, main")) node.inert = this.isOpen && NARROW.matches;
   }
 
   #play() {
@@ -195,8 +209,7 @@ export class Xray {
     // The axes change with the view and the length alone.
     if (this.#numBlocks !== recording.numBlocks) drawAxes($("axes"), this.#map, this.#context);
     this.#numBlocks = recording.numBlocks;
-    const colors = ["c-kept", "c-new"].map((id) => getComputedStyle($(id)).backgroundColor);
-    drawSpark($("spark"), this.#map.ratio, recording.overlaps, this.#index, colors);
+    drawSpark($("spark"), this.#map.ratio, recording.overlaps, this.#index);
     this.#describe();
     this.#mark();
   }
@@ -223,14 +236,16 @@ export class Xray {
       `Map of ${recording.rows.length} rows and ${recording.numBlocks} blocks at token ${this.#index + 1}`,
     );
     $("block").max = recording.numBlocks - 1;
-    const now = $("tokens").querySelector("[aria-current]");
-    const next = $("tokens").children[this.#index];
-    if (now !== next) {
-      now?.removeAttribute("aria-current");
-      next?.setAttribute("aria-current", "true");
-      if (next) scrolled($("tokens"), next);
-    }
+    this.#underline($("tokens").children[this.#index]);
     this.#listTop();
+  }
+
+  #underline(word) {
+    if (this.#word === word) return;
+    this.#word?.removeAttribute("aria-current");
+    this.#word = word;
+    word?.setAttribute("aria-current", "true");
+    if (word) scrolled($("tokens"), word);
   }
 
   #listTop() {

@@ -17,6 +17,10 @@ MAX_LINE_CHARS = 200
 PEAK_PART = 0.25
 """Neighbours of a block's most attended line are quoted with it from this part of its attention on."""
 
+CHANGED = "the model's chat template or tokenizer changes the documents, so their lines cannot be told"
+UNATTENDED = "the answer attended to nothing in the documents"
+"""Why there may be no evidence."""
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -15,9 +15,10 @@ from openm3.engine.constraint import Constraint
 from openm3.engine.request import SamplingParams
 from openm3.errors import BusyError, OpenM3Error
 from openm3.model.model import Model
-from openm3.server.calls import Call, Event, Started
+from openm3.server.calls import Call, Event, Finished, Started
 from openm3.server.conversation import conversation
 from openm3.server.errors import RequestError
+from openm3.server.evidence import find
 from openm3.server.grammar import json_constraint, reply_constraint
 from openm3.server.logs import count_tokens
 from openm3.server.metrics import Metrics
@@ -30,16 +31,16 @@ PACE = 0.04
 
 
 class Service:
-    """One model behind any number of protocols. `close` it: replies that run may end, what comes later is refused.
+    """One model, which `engine` serves, behind any number of protocols.
 
-    `engine` serves `model`. Evidence for an answer is not found here: it needs the weights of attention, and the engine
-    tells the selected blocks only; `Call.evidence` is passed over.
+    `close` it: replies that run may end, what comes later is refused.
     """
 
     def __init__(self, engine: AsyncEngine, model: Model, settings: ServerSettings | None = None) -> None:
         self.settings = settings or ServerSettings()
         self.tokenizer = model.tokenizer
         self.vocab_size = model.config.vocab_size
+        self._think_end = model.tokenizer.token_id("</mm:think>")
         self.metrics = Metrics()
         self.created = int(time())
         self._engine = engine
@@ -146,6 +147,10 @@ class Service:
                 if constraint is not None and delta.finish_reason == "error":
                     raise RequestError("no token goes on with this reply as the schema or tools ask: make them simpler")
                 for event in told.take(delta):
+                    if isinstance(event, Finished) and delta.completion is not None and call.evidence:
+                        attention = delta.completion.attention if told.answers else None
+                        evidence = await asyncio.to_thread(find, call, ids, self.decoder(), attention)
+                        event = replace(event, evidence=evidence, timings=delta.completion.timings)
                     yield event
 
     def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
@@ -189,6 +194,8 @@ class Service:
             timeout=timeout,
             prompt_logprobs=params.logprobs if call.echo else params.prompt_logprobs,
             trace=call.xray or params.trace,
+            attention=call.evidence or params.attention,
+            attention_after=self._think_end if call.messages is not None else params.attention_after,
         )
 
 

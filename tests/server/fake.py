@@ -89,3 +89,7 @@ class FakeService:
     def decoder(self) -> StreamDecoder:
         """Ids are code points here."""
         return StreamDecoder({i: chr(i).encode() for i in range(128)})
+
+    def token_bytes(self, id: int) -> bytes:
+        """The same."""
+        return chr(id).encode() if 0 <= id < 128 else b""

@@ -107,8 +107,10 @@ def app_of(service: FakeService) -> FastAPI:
 
     def refused(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):
-            wrong = [(".".join(map(str, one["loc"][1:])), one["msg"]) for one in error.errors()]
-            error = RequestError("; ".join(f"{place}: {what}" for place, what in wrong), param=wrong[0][0])
+            first = error.errors()[0]
+            steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"][1:])
+            name = "".join(steps).removeprefix(".")
+            error = RequestError(f"{name}: {first['msg']}", param=name)
         told = refusal(error)
         return JSONResponse(error_body(told, request.url.path, "req_1"), status_code=told.status)
 

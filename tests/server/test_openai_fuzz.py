@@ -103,7 +103,7 @@ def broken(draw: st.DrawFn, body: dict[str, Any]) -> dict[str, Any]:
             holder = holder[step]
         how = draw(st.sampled_from(["replace", "replace", "remove", "double"]))
         if how == "replace":
-            holder[key] = draw(odd)
+            holder[key] = copy.deepcopy(draw(odd))
         elif how == "remove":
             del holder[key]
         elif isinstance(holder, list):

@@ -16,6 +16,9 @@ PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
+NO_FUNCTION = {"role": "assistant", "tool_calls": [{"id": "a"}]}
+NO_TEXT = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": 5}}]}
+NO_OBJECT = {"type": "function", "function": {"name": "a", "parameters": []}}
 
 
 def post(service: FakeService, **body: Any) -> Any:
@@ -182,12 +185,13 @@ def test_unknown_fields_are_let_pass() -> None:
     [
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"content": "hi"}]}, "messages.0.role"),
-        ({"messages": [USER | {"content": 5}]}, "messages.0.content"),
-        ({"messages": [{"role": "tool", "content": {"a": 1}}]}, "messages.0.content"),
-        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages.0.content.0"),
-        ({"messages": [USER | {"content": [{"type": "blob"}]}]}, "messages.0.content.0"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages.1.tool_calls.0.function"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+        ({"messages": [USER | {"content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": {"a": 1}}]}, "messages[0].content"),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "messages[0].content[0]"),
+        ({"messages": [USER | {"content": [{"type": "blob"}]}]}, "messages[0].content[0]"),
+        ({"messages": [USER, NO_FUNCTION]}, "messages[1].tool_calls[0].function"),
+        ({"messages": [NO_TEXT]}, "messages[0].tool_calls[0].function.arguments"),
         ({"temperature": 5.0}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
@@ -222,10 +226,10 @@ def test_unknown_fields_are_let_pass() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
         ({"tools": {}}, "tools"),
-        ({"tools": [{"type": "function"}]}, "tools.0.function"),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "<a>"}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]}, "tools.0.function.parameters"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "<a>"}}]}, "tools[0].function.name"),
+        ({"tools": [NO_OBJECT]}, "tools[0].function.parameters"),
         ({"tool_choice": "any"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
@@ -251,7 +255,7 @@ def test_a_refusal_says_what_would_be_right() -> None:
 def test_media_is_not_supported_yet(kind: str) -> None:
     parts = [{"type": "text", "text": "look"}, {"type": kind, kind: {"url": "data:image/png;base64,AAAA"}}]
     error = refused(messages=[{"role": "user", "content": parts}])
-    assert error["message"] == "messages.0.content.1: media is not supported by this server yet, only text is (2013)"
+    assert error["message"] == "messages[0].content[1]: media is not supported by this server yet, only text is (2013)"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"hi"', b"\xff", b'{"messages": ' + b"[" * 100_000])
@@ -271,7 +275,9 @@ def test_half_a_surrogate_pair_in_a_text_is_no_reason_to_refuse_it() -> None:
 DEEP = '{"a":' * 500 + "1" + "}" * 500
 
 
-@pytest.mark.parametrize("parameters", ['{"a": NaN}', '{"a": 1e999}', r'{"\ud800": 1}', r'{"a": "\ud800"}', DEEP, "[]"])
+@pytest.mark.parametrize(
+    "parameters", ['{"a": NaN}', '{"a": 1e999}', r'{"\ud800": 1}', r'{"a": "\ud800"}', r'{"\ud800": NaN}', DEEP, "[]"]
+)
 def test_a_schema_must_be_json_that_can_be_written_again(parameters: str) -> None:
     service = FakeService()
     tools = f'[{{"type": "function", "function": {{"name": "a", "parameters": {parameters}}}}}]'
@@ -279,7 +285,7 @@ def test_a_schema_must_be_json_that_can_be_written_again(parameters: str) -> Non
     with TestClient(app_of(service)) as client:
         response = client.post(PATH, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
-    assert "tools.0.function.parameters" in response.json()["error"]["message"]
+    assert "tools[0].function.parameters" in response.json()["error"]["message"]
     assert service.calls == []
 
 

@@ -106,7 +106,7 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-class BaseResp(BaseModel):
+class MiniMaxStatus(BaseModel):
     """MiniMax's own status; 0 is success."""
 
     status_code: int
@@ -124,7 +124,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
     input_sensitive: bool
     output_sensitive: bool
-    base_resp: BaseResp
+    base_resp: MiniMaxStatus
 
 
 class TextLogprobs(BaseModel):

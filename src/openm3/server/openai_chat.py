@@ -70,7 +70,7 @@ class ChatRequest(Sampling):
         """A call for each choice, none longer than `longest`. Raises RequestError or PromptError for what is wrong."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-        messages = [message.plain(f"messages.{i}") for i, message in enumerate(self.messages)]
+        messages = [message.plain(f"messages[{i}]") for i, message in enumerate(self.messages)]
         tools = self._tools()
         max_tokens = min(self.max_completion_tokens or self.max_tokens or longest, longest)
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -110,7 +110,9 @@ class ChatRequest(Sampling):
         functions = [(i, tool.function) for i, tool in enumerate(self.tools or ()) if tool.type == "function"]
         for i, function in functions:
             if function is None:
-                raise RequestError(f"tools.{i}.function is missing in a tool of that type", param=f"tools.{i}.function")
+                raise RequestError(
+                    f"tools[{i}].function is missing in a tool of that type", param=f"tools[{i}].function"
+                )
         return [function.plain() for _, function in functions if function is not None]
 
     def _tool_choice(self, tools: Sequence[Mapping[str, Any]]) -> str:

@@ -35,15 +35,16 @@ def expected(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def _written(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        raise PydanticCustomError("written", "must be JSON without half surrogate pairs or endless nesting") from None
+def _encodable(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
-JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_written)]
+JsonObject = Annotated[
+    dict[str, JsonValue],
+    AfterValidator(_encodable),
+    expected("a JSON object without NaN, half surrogate pairs and endless nesting"),
+]
 """What others compile and write again; texts of a conversation are taken more easily."""
 
 
@@ -137,7 +138,7 @@ class CalledFunction(Fields):
     """What a replayed tool call calls; arguments are JSON text."""
 
     name: str
-    arguments: str | JsonObject | None = None
+    arguments: Annotated[str | JsonObject | None, expected("JSON text")] = None
 
 
 class CalledTool(Fields):
@@ -171,7 +172,7 @@ class Message(Fields):
         """As `Call.messages` has it. Raises RequestError for content that is no text."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if isinstance(self.content, list):
-            message["content"] = [_plain_part(part, f"{where}.content.{i}") for i, part in enumerate(self.content)]
+            message["content"] = [_plain_part(part, f"{where}.content[{i}]") for i, part in enumerate(self.content)]
         message |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
         if self.role != "assistant":
             return message

@@ -6,9 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from openm3.engine.request import Completion, Delta
 from openm3.server.calls import Call, Event, Finished, Looked, Progress, PromptScores, Reason, Scores
 from openm3.server.packets import Packets
@@ -37,20 +34,30 @@ class ReplyEvents:
         """The events of a delta; of the last one the last event is `Finished`."""
         if delta.prompt_logprobs:
             yield PromptScores(delta.prompt_logprobs)
+        events = self._routed(delta)
+        self._thoughts.take(delta.ids, events)
+        # What is said of tokens goes with their own text: what came before leaves first, and none of it waits.
+        about = list(self._said(delta))
+        if about:
+            yield from self._packets.flush()
+            yield from about
+        yield from self._packets.push(self._wanted(events), hold=delta.completion is None and not about)
+        if delta.completion is not None:
+            yield self._finished(delta.completion)
+
+    def _said(self, delta: Delta) -> Iterator[Event]:
+        """What the client wanted to know of a delta's tokens beside their text."""
         self._num_ids += len(delta.ids)
         if self._call.progress and delta.ids:
             yield Progress(self._num_ids)
-        if delta.blocks:
-            yield Looked(delta.ids, [_selected(block_LGK) for block_LGK in delta.blocks])
         if delta.logprobs:
             yield Scores(delta.logprobs)
-        events = self._routed(delta)
-        self._thoughts.take(delta.ids, events)
-        # Scores go with the text of their own tokens: none of it may wait.
-        hold = delta.completion is None and self._call.params.logprobs is None
-        yield from self._packets.push(self._wanted(events), hold=hold)
-        if delta.completion is not None:
-            yield self._finished(delta.completion)
+        if delta.blocks:
+            # Ids are ascending, and -1 stands behind the last.
+            looks = [
+                [[[i for i in row if i >= 0] for row in layer] for layer in step.tolist()] for step in delta.blocks
+            ]
+            yield Looked(delta.ids, looks)
 
     def _routed(self, delta: Delta) -> list[TextEvent]:
         if self._router is None:
@@ -102,11 +109,6 @@ class _Thoughts:
     @property
     def count(self) -> int:
         return self._num_ids if self._has_thought else 0
-
-
-def _selected(block_LGK: NDArray[np.int32]) -> list[list[list[int]]]:
-    """One token's blocks by layer and group, without the places that nothing took."""
-    return [[[block for block in blocks if block >= 0] for blocks in groups] for groups in block_LGK.tolist()]
 
 
 def offered(call: Call) -> list[dict[str, object]] | None:

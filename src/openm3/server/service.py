@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -18,7 +18,8 @@ from openm3.model.model import Model
 from openm3.server.calls import Call, Event, Started
 from openm3.server.conversation import conversation
 from openm3.server.errors import RequestError
-from openm3.server.logs import note
+from openm3.server.grammar import json_constraint, reply_constraint
+from openm3.server.logs import count_tokens
 from openm3.server.metrics import Metrics
 from openm3.server.reply import ReplyEvents, offered
 from openm3.server.settings import ServerSettings
@@ -26,9 +27,6 @@ from openm3.tokens import StreamDecoder
 
 PACE = 0.04
 """Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
-
-Constraints = Callable[[Call], Constraint | None]
-"""What a reply to a call may be made of, for `AsyncEngine.submit`; None for anything. Raises RequestError."""
 
 
 class Service:
@@ -38,21 +36,13 @@ class Service:
     tells the selected blocks only; `Call.evidence` is passed over.
     """
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        model: Model,
-        settings: ServerSettings | None = None,
-        *,
-        constraints: Constraints | None = None,
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, model: Model, settings: ServerSettings | None = None) -> None:
         self.settings = settings or ServerSettings()
         self.tokenizer = model.tokenizer
         self.vocab_size = model.config.vocab_size
         self.metrics = Metrics()
         self.created = int(time())
         self._engine = engine
-        self._constraints = constraints
         self._names = self.settings.names or (Path(model.name).resolve().name,)
         pool = engine.engine.pages.num_pages * BLOCK
         self.max_model_len = min(model.config.max_positions, pool + 1)
@@ -112,13 +102,13 @@ class Service:
         """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
         return await asyncio.to_thread(self._ids, call)
 
-    def token_bytes(self, id: int) -> bytes:
-        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
-        return self.tokenizer.token_bytes(id)
-
     def decoder(self) -> StreamDecoder:
         """A fresh decoder of the model's ids, one at a time."""
         return self.tokenizer.decoder()
+
+    def token_bytes(self, id: int) -> bytes:
+        """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
+        return self.tokenizer.token_bytes(id)
 
     async def stats(self) -> dict[str, float] | None:
         """What the engine says of itself between two steps; None if it does not within a second, or has stopped."""
@@ -145,13 +135,12 @@ class Service:
                 raise _stopping() from None
             raise
         told = ReplyEvents(call, self.tokenizer)
-        note(prompt_tokens=len(ids))
+        count_tokens(prompt=len(ids))
         self.metrics.started(len(ids))
         with contextlib.closing(reply), self.metrics.written() as written:
             yield Started(len(ids))
             async for delta in reply:
-                written.add(delta)
-                note(completion_tokens=written.num_tokens)
+                count_tokens(completion=written.add(delta))
                 if self._closing and delta.finish_reason == "abort":
                     raise _stopping()
                 for event in told.take(delta):
@@ -159,7 +148,18 @@ class Service:
 
     def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
         """The prompt and what the reply may be made of: in a thread, since both may take seconds."""
-        return self._ids(call), self._constraints(call) if self._constraints is not None else None
+        ids = self._ids(call)
+        if call.messages is None:
+            return ids, None if call.schema is None else json_constraint(self.tokenizer, call.schema)
+        return ids, reply_constraint(
+            self.tokenizer,
+            tools=call.tools,
+            choice=call.tool_choice,
+            parallel=call.parallel_tool_calls,
+            schema=call.schema,
+            thinking=call.thinking,
+            budget=call.thinking_budget,
+        )
 
     def _ids(self, call: Call) -> list[int]:
         if call.messages is not None:
@@ -185,8 +185,8 @@ class Service:
             max_tokens=longest,
             min_tokens=min(params.min_tokens, longest),
             timeout=timeout,
-            trace=call.xray,
-            prompt_logprobs=params.logprobs if call.echo else None,
+            prompt_logprobs=params.logprobs if call.echo else params.prompt_logprobs,
+            trace=call.xray or params.trace,
         )
 
 

@@ -24,7 +24,7 @@ from openm3.engine.engine import Engine
 from openm3.engine.request import Completion, SamplingParams, Timings, Usage
 from openm3.errors import EngineError
 from openm3.eval.bench_engine import Arrival, Served, summed
-from openm3.eval.http import Address, Heard, ReplyError, fetch, listen
+from openm3.eval.http import Address, Heard, fetch, listen
 from openm3.tokens import Tokenizer
 
 PREFIX, OWN, WRITTEN = 8192, 60, 256
@@ -52,16 +52,24 @@ class Overhead:
         return {"batch": self.batch, "engine": self.engine, "http": self.http, "overhead": self.share}
 
 
+@dataclass(frozen=True)
+class Serving:
+    """A server in a process of its own."""
+
+    address: Address
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def serving(arguments: Sequence[str]) -> Iterator[Address]:
-    """`openm3 serve` with these arguments, on a free port. Raises EngineError if it does not start."""
+def serving(arguments: Sequence[str]) -> Iterator[Serving]:
+    """`openm3 serve` with these arguments, on a free port, until the end. Raises EngineError if it does not start."""
     command = [sys.executable, "-m", "openm3", "serve", *arguments, "--port", "0", "--log-level", "warning"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        yield Address(_greeted(process))
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield Serving(Address(_greeted(process)), process)
+        finally:
+            process.terminate()
+            process.communicate()
 
 
 def _greeted(process: subprocess.Popen[str]) -> str:
@@ -76,10 +84,7 @@ def _greeted(process: subprocess.Popen[str]) -> str:
 
 async def model_name(address: Address) -> str:
     """What a server calls its model. Raises ReplyError, and OSError where there is no server."""
-    status, body = await fetch(address, "GET", "/v1/models")
-    if status != 200:
-        raise ReplyError(status, body.decode("utf-8", "replace")[:300])
-    return str(json.loads(body)["data"][0]["id"])
+    return str(json.loads(await fetch(address, "GET", "/v1/models"))["data"][0]["id"])
 
 
 async def play(

@@ -16,8 +16,6 @@ def add_serve(commands: Commands) -> None:
         "openm3 serve",
         "openm3 serve path/to/checkpoint --port 9000 --cache-dir ~/.cache/openm3",
         "openm3 serve --host 0.0.0.0 --api-key-file keys.txt --name MiniMax-M3",
-        "curl http://127.0.0.1:8000/v1/models",
-        "OPENAI_BASE_URL=http://127.0.0.1:8000/v1 and ANTHROPIC_BASE_URL=http://127.0.0.1:8000 point clients here",
     )
     parser.add_argument(
         "path",
@@ -32,7 +30,11 @@ def add_serve(commands: Commands) -> None:
         action="append",
         help="what requests call the model (default: its folder's name); may be repeated, the first is the one shown",
     )
-    _add_address(parser.add_argument_group("address and keys"))
+    clients = (
+        "OpenAI's clients take OPENAI_BASE_URL=http://127.0.0.1:8000/v1, Anthropic's "
+        "ANTHROPIC_BASE_URL=http://127.0.0.1:8000; `curl http://127.0.0.1:8000/v1/models` shows what is served."
+    )
+    _add_address(parser.add_argument_group("address and keys", clients))
     _add_limits(parser.add_argument_group("limits"))
     group = parser.add_argument_group("model and engine")
     group.add_argument("--device", metavar="NAME", default="cpu", help="where the model runs: cpu (default), or cuda")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from openm3.ask.conversation import SPARE_TOKENS, Conversation, Reply
-from openm3.ask.evidence import Witness
+from openm3.ask.conversation import SPARE_TOKENS, Conversation, Reply, _Writer
 from openm3.config import BLOCK
 from openm3.errors import PromptError
 from openm3.model.model import Model
+from openm3.model.witness import Witness
 from openm3.tokens import Content, Thinking
 
 TURN = len(["[e~[", "\n", "]~b]", "a", "i", "\n", "</mm:think>"])
@@ -130,7 +130,7 @@ def test_the_witness_sees_the_answer_only(model: Model, mode: str, watched: int)
     witness = Witness(len(ids) + 4)
     said = conversation.reply(ids, thinking=mode, max_new_tokens=4, witness=witness)
     assert bool(said.thinking) == (mode == "enabled")
-    assert len(witness._shares) == watched * model.config.num_layers
+    assert len(witness.shares) == watched * model.config.num_layers
 
 
 def test_the_witness_wakes_when_thinking_ends(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,22 @@ def test_the_witness_wakes_when_thinking_ends(model: Model, monkeypatch: pytest.
     monkeypatch.setattr(conversation, "_think_end", second)
     witness = Witness(len(ids) + 4)
     conversation.reply(ids, thinking="enabled", max_new_tokens=4, witness=witness)
-    assert len(witness._shares) == 2 * model.config.num_layers
+    assert len(witness.shares) == 2 * model.config.num_layers
+
+
+def test_the_witness_sees_all_of_an_answer_without_thinking(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where thinking is left to the model, and random weights write at once; not where it is cut in its thoughts."""
+    conversation = Conversation(model)
+    ids = conversation.encode([{"role": "user", "content": LONG}], thinking="adaptive", max_new_tokens=4)
+    witness = Witness(len(ids) + 4)
+    said = conversation.reply(ids, thinking="adaptive", max_new_tokens=4, witness=witness)
+    assert (said.thinking, said.text) == ("", model.tokenizer.decode(written(model, ids, 4)))
+    assert len(witness.shares) == 4 * model.config.num_layers
+    monkeypatch.setattr(_Writer, "push", lambda writer, token: setattr(writer, "thinking", "Hm."))
+    monkeypatch.setattr(_Writer, "finish", lambda writer: None)
+    conversation.reply(ids, thinking="adaptive", max_new_tokens=4, witness=witness)
+    assert witness.shares == []
+    assert float(witness.mass_S.sum()) == 0
 
 
 def test_too_long_is_refused_before_reading(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from openm3.ask import terminal
-from openm3.ask.evidence import Evidence
+from openm3.evidence.quotes import Evidence
 from openm3.tokens import Content, Thinking
 
 

@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "model": "errors config tokens ops",
     "train": "errors config tokens ops model",
     "engine": "errors config tokens ops model",
-    "server": "errors config tokens ops model engine",
+    "evidence": "errors config tokens",
+    "server": "errors config tokens ops model engine evidence",
     "gateway": "errors config tokens ops model engine server",
-    "ask": "errors config tokens ops model engine",
+    "ask": "errors config tokens ops model engine evidence",
     "agent": "errors config tokens ops model engine server gateway ask",
     "eval": "errors config tokens ops model train engine server gateway ask",
 }

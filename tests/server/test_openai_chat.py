@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from openm3.engine.request import Logprob
-from openm3.server.calls import Call, Looked, Passage, Progress, Scores
+from openm3.engine.request import Logprob, Timings
+from openm3.server.calls import Call, Evidence, Looked, Passage, Progress, Scores
 from openm3.tokens import Content, Thinking
 from tests.server.fake_openai import ANSWER, FakeService, app_of, called, chunks_of, finished, reply
 
@@ -252,16 +252,35 @@ def test_without_tokens_log_probabilities_are_an_empty_list() -> None:
 
 
 def test_evidence_and_xray_are_extra_fields() -> None:
-    passage = Passage("the secret is 42", 0.75, "notes.txt", (3, 4))
+    found = Evidence([Passage("the secret is 42", 0.75, "notes.txt", (3, 4))], None, 0.5, 6)
     frames = [Looked([7], [[[], [[0, 1], [0]]]]), Looked([8], [[[], [[1], [1]]]])]
-    script = reply(frames[0], Content("4"), frames[1], Content("2"), last=finished(evidence=(passage,)))
-    evidence = [{"text": "the secret is 42", "share": 0.75, "source": "notes.txt", "lines": [3, 4]}]
+    last = finished(evidence=found, timings=Timings(0.5, 2.0, 6.5))
+    script = reply(frames[0], Content("4"), frames[1], Content("2"), last=last)
+    expected = {
+        "evidence": [{"text": "the secret is 42", "share": 0.75, "source": "notes.txt", "lines": [3, 4]}],
+        "no_evidence": None,
+        "attended_share": 0.5,
+        "tokens": {"prompt": 11, "documents": 6, "read": 7, "answer": 9},
+        "timings": {
+            "queue_seconds": 0.5,
+            "read_seconds": 2.0,
+            "answer_seconds": 4.0,
+            "read_tokens_per_second": 3.5,
+            "answer_tokens_per_second": 2.0,
+        },
+    }
     blocks = [[[], [[0, 1], [0]]], [[], [[1], [1]]]]
-    found = message(script, evidence=True, xray=True)
-    assert found["openm3"] == {"evidence": evidence, "ids": [7, 8], "blocks": blocks}
+    assert message(script, evidence=True, xray=True)["openm3"] == {"ids": [7, 8], "blocks": blocks, **expected}
     told = [delta["openm3"] for delta in deltas(script, evidence=True, xray=True) if "openm3" in delta]
-    assert told == [{"ids": [7], "blocks": blocks[:1]}, {"ids": [8], "blocks": blocks[1:]}, {"evidence": evidence}]
+    assert told == [{"ids": [7], "blocks": blocks[:1]}, {"ids": [8], "blocks": blocks[1:]}, expected]
     assert "openm3" not in message()
+
+
+def test_no_evidence_has_a_reason() -> None:
+    nothing = finished(evidence=Evidence([], "it says nothing", None, 0), timings=Timings(0.0, 0.0, 0.0))
+    found = message(reply(Content("42"), last=nothing), evidence=True)["openm3"]
+    assert (found["evidence"], found["no_evidence"], found["attended_share"]) == ([], "it says nothing", None)
+    assert found["timings"]["read_tokens_per_second"] is None
 
 
 def test_choices_run_side_by_side_with_seeds_of_their_own() -> None:

@@ -53,6 +53,7 @@ CHAT: dict[str, Any] = {
     "service_tier": "priority",
     "xray": True,
     "evidence": True,
+    "documents": [{"name": "a.txt", "text": "a"}],
 }
 COMPLETION: dict[str, Any] = {
     "model": "m3-tiny",

@@ -175,6 +175,16 @@ def test_extras_are_asked_for() -> None:
     assert call.xray
 
 
+def test_documents_stand_before_the_users_first_words() -> None:
+    documents = [{"name": "a.txt", "text": "\ufeffone\r\ntwo\r"}, {"title": "b", "text": "x"}]
+    messages = [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "Hi."}, USER]
+    system, first, *others = asked(documents=documents, messages=messages).messages or ()
+    texts = ["File: a.txt\none\ntwo\n\n", "File: b\nx\n\n", USER["content"]]
+    assert first == {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
+    assert [system, *others] == [messages[0], *messages[2:]]
+    assert asked(documents=[]) == asked(documents=None) == asked()
+
+
 def test_unknown_fields_are_let_pass() -> None:
     unknown = {"user": "me", "metadata": {"a": 1}, "store": False, "logit_bias": {}, "\u00fc": [None]}
     assert asked(**unknown, messages=[USER | {"unknown": 1}]) == asked()
@@ -235,6 +245,12 @@ def test_unknown_fields_are_let_pass() -> None:
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"service_tier": "first class"}, "service_tier"),
         ({"evidence": "please"}, "evidence"),
+        ({"documents": {}}, "documents"),
+        ({"documents": [{"name": "a"}]}, "documents[0].text"),
+        ({"documents": [{"name": "a", "text": " \n"}]}, "documents[0].text"),
+        ({"documents": [{"name": "a\nb", "text": "x"}]}, "documents[0].name"),
+        ({"documents": [{"name": "", "text": "x"}]}, "documents[0].name"),
+        ({"documents": [{"name": "a", "text": "x"}], "messages": [{"role": "system", "content": "x"}]}, "documents"),
         ({"model": 5}, "model"),
         ({"model": "gpt-9"}, "model"),
     ],

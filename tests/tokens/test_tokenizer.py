@@ -220,3 +220,9 @@ def test_trained_pieces_suit_source_code() -> None:
 def test_impossible_vocabularies_are_refused(size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train_bpe(TEXTS, size)
+
+
+def test_the_bytes_of_each_token(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("größe <mm:think>😀", special=True)
+    assert b"".join(tokenizer.token_bytes(id_) for id_ in ids).decode() == "größe <mm:think>😀"
+    assert tokenizer.token_bytes(10**6) == b""

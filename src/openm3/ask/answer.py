@@ -8,10 +8,11 @@ from pathlib import Path
 
 from openm3.ask.conversation import Conversation, OnProgress, OnText, Reply
 from openm3.ask.documents import Document
-from openm3.ask.evidence import Evidence, Witness, rank
-from openm3.ask.places import Places, locate
 from openm3.errors import PromptError
+from openm3.evidence.places import Places, locate
+from openm3.evidence.quotes import CHANGED, UNATTENDED, Evidence, rank
 from openm3.model.model import Model
+from openm3.model.witness import Witness
 from openm3.tokens.prompt import user_message
 
 MAX_NEW_TOKENS = 128
@@ -97,9 +98,9 @@ class Reader:
         evidence = rank(witness.mass_S.numpy(), places, self.documents) if places else ()
         reason = None
         if places is None:
-            reason = "the model's chat template or tokenizer changes the documents, so their lines cannot be told"
+            reason = CHANGED
         elif not evidence:
-            reason = "the answer attended to nothing in the documents"
+            reason = UNATTENDED
         return Answer(
             answer=reply.text,
             thinking=reply.thinking,

@@ -15,13 +15,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from openm3.ask.evidence import Witness
 from openm3.ask.memory import check_memory
 from openm3.config import BLOCK
 from openm3.engine.archive import Archive
 from openm3.engine.pages import page_hashes
 from openm3.model.model import Model
 from openm3.model.session import Session
+from openm3.model.witness import Witness
 from openm3.tokens.router import Content, Event, StreamRouter, Thinking
 
 MOST_BYTES = 64 << 30
@@ -92,9 +92,9 @@ class Conversation:
     ) -> Reply:
         """Read the prompt (made with the mode `thinking`) and write greedily up to an end token.
 
-        `on_progress` gets the new tokens read so far and in all, `on_text` each part of the reply. The witness sees the
-        steps that write the answer, not those of thinking. Ctrl-C while reading raises KeyboardInterrupt and keeps what
-        was read; while writing it ends the reply.
+        `on_progress` gets the new tokens read so far and in all, `on_text` each part of the reply. The witness counts
+        the steps that write the answer, not those of thinking. Ctrl-C while reading raises KeyboardInterrupt and keeps
+        what was read; while writing it ends the reply.
         """
         begin = perf_counter()
         num_read, num_restored, logit_V = self._read(list(ids), max_new_tokens, thinking, witness, on_progress)
@@ -146,7 +146,7 @@ class Conversation:
         if restored < len(ids) - 1:
             session.read(ids[restored:-1], on_progress=read)
         if witness is not None:
-            witness.watching = thinking == "disabled"
+            witness.watching = thinking != "enabled"
         logit_V = session.read(ids[-1:], observer=witness)
         self._keep(hashes, session)
         report(num_new)
@@ -173,6 +173,7 @@ class Conversation:
     ) -> Literal["end", "length", "interrupted"]:
         assert self._session is not None
         stop: Literal["end", "length", "interrupted"] = "length"
+        answering = False
         try:
             for token in self._session.decode(logit_V, limit, witness):
                 self._ids.append(token)
@@ -180,11 +181,16 @@ class Conversation:
                     stop = "end"
                     break
                 writer.push(token)
-                if witness is not None and (token == self._think_end or writer.text):
-                    witness.watching = True
+                answering |= token == self._think_end or bool(writer.text)
+                if witness is not None:
+                    witness.watching |= answering
+                    if token == self._think_end:
+                        witness.forget()
         except KeyboardInterrupt:
             stop = "interrupted"
         writer.finish()
+        if witness is not None and writer.thinking and not answering:
+            witness.forget()
         return stop
 
     def close(self) -> None:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from openm3.ask.answer import Answer, Reader
 from openm3.ask.documents import Collection
-from openm3.ask.evidence import Evidence
 from openm3.ask.memory import forecast
+from openm3.evidence.quotes import Evidence
 from openm3.tokens.router import Content, Thinking
 
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"

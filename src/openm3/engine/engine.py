@@ -243,6 +243,8 @@ class Engine:
                 break
             request.token_times.append(now)
             request.ids.append(token)
+            if drawn.attention is not None:
+                request.attend(drawn.attention[place], token)
             if ended:
                 break
             ids.append(token)
@@ -285,6 +287,7 @@ class Engine:
             _timings(request, self._clock()),
             request.logprobs if request.params.logprobs is not None else None,
             request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
+            request.attention,
         )
         return replace(delta, text=delta.text + rest, finish_reason=reason, completion=completion)
 

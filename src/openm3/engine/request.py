@@ -34,7 +34,8 @@ class SamplingParams:
     `stop` are strings that end the reply and are not part of it, `stop_ids` tokens likewise, `ignore_eos` goes on after
     the model's end token. `min_tokens` come before any end token. `logprobs` asks for so many likeliest tokens at each
     place (0: the chosen one alone), `prompt_logprobs` for the same at the places of the prompt, none of which is then
-    read from the cache; only with it may `max_tokens` be 0. `trace` asks which blocks each token was drawn from.
+    read from the cache; only with it may `max_tokens` be 0. `trace` asks which blocks each token was drawn from,
+    `attention` what the reply attended to; with `attention_after` what it attended to after that token, if it has it.
     Requests of a larger `priority` go first, as if they had come 10 seconds a step earlier. After `timeout` seconds the
     reply ends as it is. Raises PromptError for impossible values.
     """
@@ -55,6 +56,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     trace: bool = False
+    attention: bool = False
+    attention_after: int | None = None
     priority: int = 0
     timeout: float | None = None
 
@@ -84,7 +87,7 @@ class SamplingParams:
     def _check_types(self) -> None:
         """Whatever gets through here is compared and computed with in steps that others have a part in."""
         whole = [(name, getattr(self, name)) for name in ("max_tokens", "min_tokens", "top_k", "priority")]
-        optional = ("seed", "logprobs", "prompt_logprobs")
+        optional = ("seed", "logprobs", "prompt_logprobs", "attention_after")
         whole += [(name, value) for name in optional if (value := getattr(self, name)) is not None]
         numbers = [(name, getattr(self, name)) for name in _NUMBERS]
         numbers += [("timeout", self.timeout)] if self.timeout is not None else []
@@ -96,8 +99,9 @@ class SamplingParams:
             values = getattr(self, name)
             if not isinstance(values, Sequence) or not all(isinstance(value, item) for value in values):
                 raise PromptError(f"{name} must be {text}, not {values!r}")
-        if not isinstance(self.trace, bool):
-            raise PromptError(f"trace must be true or false, not {self.trace!r}")
+        for name in ("trace", "attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise PromptError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
     def plain(self) -> bool:
@@ -149,10 +153,23 @@ class Logprob:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What drawn tokens attended to, as `openm3.model.witness` adds it up.
+
+    `mass_S` is the squared attention paid to each token of the prompt, `share` the part of the visible context that was
+    read, None where no token counts.
+    """
+
+    mass_S: NDArray[np.float64]
+    share: float | None
+
+
+@dataclass(frozen=True)
 class Completion:
     """A whole reply. `ids` are its tokens, the end token or the tokens of a stop string not among them.
 
-    `prompt_logprobs` are one for each token of the prompt; the first has none before it, so its value is NaN.
+    `prompt_logprobs` are one for each token of the prompt; the first has none before it, so its value is NaN. Like
+    `attention` they are there where they were asked for.
     """
 
     ids: list[int]
@@ -162,6 +179,7 @@ class Completion:
     timings: Timings
     logprobs: list[Logprob] | None = None
     prompt_logprobs: list[Logprob] | None = None
+    attention: Attention | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +214,8 @@ class Request:
     """A request on its way. Its keys for `ids[:computed]` are in `pages`; the scheduler alone changes those.
 
     `ids` are the prompt's and the reply's tokens so far, `hashes` those of their full pages as far as they are known.
-    `prompt_logprobs` grow from the first token's NaN on if they are asked for. `key` orders requests: the smallest goes
+    `prompt_logprobs` grow from the first token's NaN on if they are asked for, as `mass_S` and `shares` do, what
+    `Attention` is made of. `key` orders requests: the smallest goes
     first.
     """
 
@@ -219,10 +238,14 @@ class Request:
     token_times: list[float] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
+    mass_S: NDArray[np.float64] | None = None
+    shares: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
+        if self.params.attention:
+            self.mass_S = np.zeros(len(self.prompt))
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [Logprob(self.prompt[0], math.nan)]
 
@@ -246,6 +269,22 @@ class Request:
                 part = hashlib.blake2b(media.hash + (i - media.first).to_bytes(8, "big"), digest_size=8).digest()
                 names[i - first] = -1 - (int.from_bytes(part, "big") >> 1)
         return names
+
+    def attend(self, seen: Attention, token: int) -> None:
+        """Add what was attended to when `token` was drawn."""
+        assert self.mass_S is not None and seen.share is not None
+        self.mass_S += seen.mass_S
+        self.shares.append(seen.share)
+        if token == self.params.attention_after:
+            self.mass_S[:] = 0
+            self.shares.clear()
+
+    @property
+    def attention(self) -> Attention | None:
+        """What the reply attended to so far; None where nobody asks."""
+        if self.mass_S is None:
+            return None
+        return Attention(self.mass_S, sum(self.shares) / len(self.shares) if self.shares else None)
 
     @property
     def num_output(self) -> int:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from openm3.config import BLOCK
 from openm3.engine.logprobs import logprobs, prompt_logprobs
-from openm3.engine.request import Logprob, Request
+from openm3.engine.request import Attention, Logprob, Request
 from openm3.engine.scheduler import Plan, Work
-from openm3.engine.trace import Trace
+from openm3.engine.trace import Trace, together
 from openm3.model.attention import Observer
 from openm3.model.batch import Batch
 from openm3.model.capture import Capture
 from openm3.model.network import Network
+from openm3.model.witness import Witness
 from openm3.ops.sample import SampleParams, sample
 
 _log = logging.getLogger(__name__)
@@ -34,13 +35,15 @@ class Drawn:
     """The tokens after a work's last token and after each of its draft tokens, as if all before it were right.
 
     -1 where no token can be drawn: the logits are NaN or +inf, or none is allowed. No tokens for a prompt that is not
-    read to its end. `blocks` are `Trace`'s for each token, `scores` the log-probabilities that `Work.scored` asks for.
+    read to its end. `blocks` are `Trace`'s for each token, `attention` what a `Witness` saw of it, `scores` the
+    log-probabilities that `Work.scored` asks for.
     """
 
     ids: Sequence[int] = ()
     logprobs: list[Logprob] | None = None
     blocks: list[NDArray[np.int32]] | None = None
     scores: Sequence[Logprob] = ()
+    attention: list[Attention] | None = None
 
 
 class Runner:
@@ -61,34 +64,50 @@ class Runner:
         if not plan.works:
             return []
         batch = batch_of(plan.works, self._page_rows)
+        observers = [] if observer is None else [observer]
         rows: list[int] = []
+        witnesses: dict[int, list[Witness]] = {}
         end = 0
-        for work in plan.works:
+        for i, work in enumerate(plan.works):
             end += work.count + len(work.draft)
-            rows += range(end - 1 - len(work.draft), end) if work.samples else ()
+            own = range(end - 1 - len(work.draft), end) if work.samples else range(0)
+            rows += own
+            if own and work.request.params.attention:
+                witnesses[i] = [self._witness(work.request, i, row) for row in own]
+                observers += witnesses[i]
         drawing = [work for work in plan.works if work.samples]
         trace = None
         if any(work.request.params.trace for work in drawing):
-            observer = trace = Trace(self.network.config, rows, self.device, observer)
-        single = observer is None and len(batch.ids_T) == len(plan.works) == len(drawing)
+            trace = Trace(self.network.config, rows, self.device)
+            observers.append(trace)
+        single = not observers and len(batch.ids_T) == len(plan.works) == len(drawing)
         logit_SV = self._capture.logits(batch) if single else None
         if logit_SV is not None:
             return self._draw(logit_SV.float(), drawing)
-        hidden_TD = self.network.hidden(batch.to(self.device), self.pools, observer)
+        hidden_TD = self.network.hidden(batch.to(self.device), self.pools, together(observers))
         drawn: Iterator[Drawn] = iter(())
         if rows:
             logit_SV = self.network.head(hidden_TD[torch.tensor(rows, device=self.device)]).float()
             drawn = iter(self._draw(logit_SV, drawing, trace))
         results = [next(drawn) if work.samples else Drawn() for work in plan.works]
-        starts = batch.start_R1.tolist()
-        for i, work in enumerate(plan.works):
-            if places := work.scored:
-                first, request = starts[i] + places.start - work.first, work.request
-                ids = request.prompt[places.start + 1 : places.stop + 1]
-                hidden_SD = hidden_TD[first : first + len(places)]
-                scores = prompt_logprobs(self.network.head, hidden_SD, ids, request.params.prompt_logprobs or 0)
-                results[i] = replace(results[i], scores=scores)
+        for i, seen in witnesses.items():
+            attention = [Attention(one.mass_S.cpu().numpy(), one.attended_share) for one in seen]
+            results[i] = replace(results[i], attention=attention)
+        for i, (work, start) in enumerate(zip(plan.works, batch.start_R1.tolist(), strict=False)):
+            if work.scored:
+                results[i] = replace(results[i], scores=self._scores(work, hidden_TD[start:]))
         return results
+
+    def _scores(self, work: Work, hidden_TD: Tensor) -> list[Logprob]:
+        """The log-probabilities that a work asks for, from the hidden states of its tokens on."""
+        places, request = work.scored, work.request
+        hidden_SD = hidden_TD[places.start - work.first : places.stop - work.first]
+        ids = request.prompt[places.start + 1 : places.stop + 1]
+        return prompt_logprobs(self.network.head, hidden_SD, ids, request.params.prompt_logprobs or 0)
+
+    def _witness(self, request: Request, place: int, row: int) -> Witness:
+        """Of what one token of the step attends to in the prompt of its request, the batch's number `place`."""
+        return Witness(len(request.prompt), request=place, tokens=slice(row, row + 1), device=self.device)
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:

@@ -12,20 +12,27 @@ from openm3.model.batch import Batch
 
 
 class Trace:
-    """An observer of one step that keeps what `rows` of its tokens selected, and passes on to another observer.
+    """An observer of one step that keeps what `rows` of its tokens selected.
 
     `block_SLGK` has, for each row, layer and group, the logical blocks in ascending order (int32, -1 at the tail);
     dense layers select none.
     """
 
-    def __init__(self, config: ModelConfig, rows: Sequence[int], device: torch.device, also: Observer | None) -> None:
+    def __init__(self, config: ModelConfig, rows: Sequence[int], device: torch.device) -> None:
         self._row_S = torch.tensor(rows, device=device)
-        self._also = also
         shape = (len(rows), config.num_layers, config.num_groups, config.num_selected)
         self.block_SLGK = torch.full(shape, -1, dtype=torch.int32, device=device)
 
     def __call__(self, layer: int, heads: Heads, batch: Batch) -> None:
         if heads.block_TGK is not None:
             self.block_SLGK[:, layer] = heads.block_TGK[self._row_S]
-        if self._also is not None:
-            self._also(layer, heads, batch)
+
+
+def together(observers: Sequence[Observer]) -> Observer | None:
+    """Some observers as one; None where there are none."""
+
+    def observe(layer: int, heads: Heads, batch: Batch) -> None:
+        for observer in observers:
+            observer(layer, heads, batch)
+
+    return observe if observers else None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Iterator
 from hashlib import sha256
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,6 +19,9 @@ OPEN = ("/health", "/ready", "/")
 
 OPEN_BELOW = ("/page/",)
 """Where the page's own files are: they hold nothing of anybody's."""
+
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::\d+)?")
 
 
 class Access:
@@ -55,8 +58,9 @@ class Access:
     def _foreign(self, headers: Headers) -> RequestError | None:
         """A page elsewhere can have a browser call this machine: by a name of its own, or telling its origin."""
         host = headers.get("host", "localhost")
-        name = urlsplit(f"//{host}").hostname if _is_plain(host) else None
-        if name is None or not (is_loopback(name) or name == self._settings.host):
+        named = _HOST.fullmatch(host.lower())
+        name = "" if named is None else named[1] or named[2]
+        if not (is_loopback(name) or name == self._settings.host):
             message = f"the Host {host[:100]!r} is not this machine: give the server keys to be called by other names"
             return RequestError(message, status=403, code="foreign_host")
         origin = headers.get("origin")
@@ -66,13 +70,6 @@ class Access:
             message = f"pages of {origin[:100]!r} may not call this server: see --cors-origin"
             return RequestError(message, status=403, code="foreign_origin")
         return None
-
-
-def _is_plain(host: str) -> bool:
-    """Whether a Host header is a name or an address and perhaps a port, so that it can be parsed."""
-    return all(character.isalnum() or character in ".-:[]_" for character in host) and host.count("[") == host.count(
-        "]"
-    )
 
 
 def _keys(headers: Headers) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from openm3.engine.request import Logprob, SamplingParams, Usage
+from openm3.engine.request import Logprob, SamplingParams, Timings, Usage
 from openm3.tokens import Content, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
 
 
@@ -79,12 +79,29 @@ class Looked:
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of the prompt that the answer was drawn from, with its share of the attention."""
+    """A part of the prompt that the answer was drawn from, with its share of the attention to all that may be quoted.
+
+    The `source` is a document's name, None for other texts; `lines` are its first and last one there, from 1.
+    """
 
     text: str
     share: float
     source: str | None = None
     lines: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where an answer came from: passages, most attended first.
+
+    `missing` says why there are none, None if there are. `attended_share` is the part of the visible context that was
+    read, None where no token of an answer was. `num_tokens` of the prompt are of the texts that are quoted.
+    """
+
+    passages: Sequence[Passage]
+    missing: str | None
+    attended_share: float | None
+    num_tokens: int
 
 
 Reason = Literal["stop", "length", "tool_calls", "timeout", "abort", "error"]
@@ -95,13 +112,15 @@ class Finished:
     """The last event of every call. `stop` is the stop string that ended it, if one did.
 
     `usage` counts as the engine does; `thinking_tokens` are those of `usage.completion_tokens` that were thought.
+    `evidence` and `timings` are there where `Call.evidence` asks.
     """
 
     reason: Reason
     usage: Usage
     thinking_tokens: int = 0
     stop: str | None = None
-    evidence: Sequence[Passage] = ()
+    evidence: Evidence | None = None
+    timings: Timings | None = None
 
 
 Event = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -32,22 +33,22 @@ LAST_SECONDS = 5
 """After its grace, how long a server waits for errors and last packets to leave."""
 
 SILENT_SECONDS = 30.0
-"""How long a connection may say nothing, or not end its headers, before a first request."""
+"""How long a connection may say nothing, or not end a request's headers."""
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes. Returns 0, or 1 if it could not start. Raises OpenM3Error."""
     settings = _settings(args)
-    listener = listening(settings)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    log_to_stderr(args.log_level)
-    print(f"loading {args.path}", file=sys.stderr, flush=True)
-    model = load(args.path, device=args.device, dtype=getattr(torch, args.dtype), weights=args.weights)
-    engine = AsyncEngine(Engine(model, _engine_config(args)))
-    service = Service(engine, model, settings)
-    server = Server(create_app(service), service)
-    server.run(sockets=[listener])
+    with listening(settings) as listener:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        log_to_stderr(args.log_level)
+        print(f"loading {args.path}", file=sys.stderr, flush=True)
+        model = load(args.path, device=args.device, dtype=getattr(torch, args.dtype), weights=args.weights)
+        engine = AsyncEngine(Engine(model, _engine_config(args)))
+        service = Service(engine, model, settings)
+        server = Server(create_app(service), service)
+        server.run(sockets=[listener])
     return 0 if server.started else 1
 
 
@@ -70,7 +71,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
-        self._silent: dict[object, float] = {}
+        self._silent: dict[object, tuple[object, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say where."""
@@ -89,11 +90,16 @@ class Server(uvicorn.Server):
         """Also hang up on who connects and does not ask."""
         if counter % 10 == 0:
             now = asyncio.get_running_loop().time()
-            mute = [c for c in self.server_state.connections if getattr(c, "cycle", None) is None]
-            self._silent = {connection: self._silent.get(connection, now) for connection in mute}
-            for connection in mute:
-                if now - self._silent[connection] > SILENT_SECONDS:
+            silent: dict[object, tuple[object, float]] = {}
+            for connection in list(self.server_state.connections):
+                last = getattr(connection, "cycle", None)
+                if last is not None and not last.response_complete:
+                    continue
+                before, since = self._silent.get(connection, (last, now))
+                silent[connection] = (last, since) if before is last else (last, now)
+                if now - silent[connection][1] > SILENT_SECONDS:
                     connection.transport.close()
+            self._silent = silent
         return await super().on_tick(counter)
 
     @contextmanager
@@ -117,7 +123,7 @@ class Server(uvicorn.Server):
 
 def listening(settings: ServerSettings) -> socket.socket:
     """A socket at the server's address, before anything long begins. Raises ConfigError for one that cannot be had."""
-    where = f"{settings.host}:{settings.port}"
+    listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -126,8 +132,10 @@ def listening(settings: ServerSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        hint = "; give another --port, or 0 for any that is free" if "in use" in str(error) else ""
-        raise ConfigError(f"cannot listen at {where}: {error.strerror}{hint}") from None
+        if listener is not None:
+            listener.close()
+        hint = "; give another --port, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror}{hint}") from None
     return listener
 
 

@@ -27,15 +27,16 @@ _HEADERS = {
     429: {"Retry-After": "1"},
 }
 
-_notes: ContextVar[dict[str, object] | None] = ContextVar("notes", default=None)
-"""What the line of the request that is being answered will say beside the rest: it reaches into the request's tasks."""
+_tokens: ContextVar[dict[str, int] | None] = ContextVar("tokens", default=None)
+"""What the request that is being answered has cost so far: it reaches into all of the request's tasks."""
 
 
-def note(**values: object) -> None:
-    """Add to the line of the request at hand; outside of one nothing happens."""
-    notes = _notes.get()
-    if notes is not None:
-        notes.update(values)
+def count_tokens(*, prompt: int = 0, completion: int = 0) -> None:
+    """Add to what the line of the request at hand will say; outside of one nothing happens."""
+    tokens = _tokens.get()
+    if tokens is not None:
+        tokens["prompt_tokens"] = tokens.get("prompt_tokens", 0) + prompt
+        tokens["completion_tokens"] = tokens.get("completion_tokens", 0) + completion
 
 
 def request_id(scope: Scope) -> str:
@@ -67,7 +68,7 @@ class RequestLog:
         name = given if _ID.fullmatch(given) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
         begin = perf_counter()
-        notes: dict[str, object] = {}
+        tokens: dict[str, int] = {}
         status = 0
 
         async def tagged(message: Message) -> None:
@@ -79,7 +80,7 @@ class RequestLog:
                 message = {**message, "headers": [*message.get("headers", ()), *ids]}
             await send(message)
 
-        token = _notes.set(notes)
+        context = _tokens.set(tokens)
         try:
             await self._app(scope, receive, tagged)
         except Exception as error:
@@ -87,9 +88,9 @@ class RequestLog:
             if not status:
                 await respond(refusal(error), scope)(scope, receive, tagged)
         finally:
-            _notes.reset(token)
+            _tokens.reset(context)
             line = {"id": name, "method": scope["method"], "path": scope["path"][:256], "status": status}
-            line |= {"seconds": round(perf_counter() - begin, 4), **notes}
+            line |= {"seconds": round(perf_counter() - begin, 4), **tokens}
             _log.info("request", extra={"fields": line})
 
 

@@ -141,13 +141,14 @@ class Written:
         self.reason = "abort"
         self.num_tokens = 0
 
-    def add(self, delta: Delta) -> None:
-        """Count a delta's tokens; of the last one also the end token, and the reply's times."""
+    def add(self, delta: Delta) -> int:
+        """Count a delta's tokens, and say how many; of the last one also the end token, and the reply's times."""
         whole = delta.completion
-        total = self.num_tokens + len(delta.ids) if whole is None else whole.usage.completion_tokens
-        self._metrics.add_tokens(total - self.num_tokens)
-        self.num_tokens = total
+        count = len(delta.ids) if whole is None else whole.usage.completion_tokens - self.num_tokens
+        self._metrics.add_tokens(count)
+        self.num_tokens += count
         if whole is not None:
             self.reason = whole.finish_reason
-            if total:
+            if self.num_tokens:
                 self._metrics.time(whole.timings.first_token, whole.timings.between, whole.timings.total)
+        return count

@@ -77,9 +77,16 @@ class ReasoningPart(BaseModel):
 
 
 class Extras(BaseModel):
-    """What this server tells beside the protocol: quoted passages; tokens and the blocks each layer's groups read."""
+    """What this server tells beside the protocol: evidence, as `openm3 ask --json` has it, and what it cost.
+
+    `ids` are the reply's tokens, and `blocks` what each layer's groups read for them.
+    """
 
     evidence: list[dict[str, Any]] = []
+    no_evidence: str | None = None
+    attended_share: float | None = None
+    tokens: dict[str, int] = {}
+    timings: dict[str, float | None] = {}
     ids: list[int] = []
     blocks: list[list[list[list[int]]]] = []
 

@@ -45,6 +45,11 @@ class ReplyEvents:
         if delta.completion is not None:
             yield self._finished(delta.completion)
 
+    @property
+    def answers(self) -> bool:
+        """Whether the reply so far is more than thinking."""
+        return not self._thoughts.go_on
+
     def _said(self, delta: Delta) -> Iterator[Event]:
         """What the client wanted to know of a delta's tokens beside their text."""
         self._num_ids += len(delta.ids)
@@ -105,6 +110,11 @@ class _Thoughts:
             self._num_ids += ids.index(self._end) + 1
         elif any(kinds) or not kinds:
             self._num_ids += len(ids)
+
+    @property
+    def go_on(self) -> bool:
+        """Whether the reply still thinks."""
+        return self._has_thought and not self._is_over
 
     @property
     def count(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import time
@@ -15,10 +15,12 @@ from openm3.engine.constraint import Constraint
 from openm3.engine.request import SamplingParams
 from openm3.errors import BusyError, OpenM3Error
 from openm3.model.model import Model
-from openm3.server.calls import Call, Event, Started
+from openm3.server.calls import Call, Event, Finished, Started
 from openm3.server.conversation import conversation
 from openm3.server.errors import RequestError
-from openm3.server.logs import note
+from openm3.server.evidence import find
+from openm3.server.grammar import json_constraint, reply_constraint
+from openm3.server.logs import count_tokens
 from openm3.server.metrics import Metrics
 from openm3.server.reply import ReplyEvents, offered
 from openm3.server.settings import ServerSettings
@@ -27,32 +29,21 @@ from openm3.tokens import StreamDecoder
 PACE = 0.04
 """Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
 
-Constraints = Callable[[Call], Constraint | None]
-"""What a reply to a call may be made of, None for anything: its schema, its tool choice, its thinking budget."""
-
 
 class Service:
-    """One model behind any number of protocols. `close` it: replies that run may end, what comes later is refused.
+    """One model, which `engine` serves, behind any number of protocols.
 
-    `engine` serves `model`. Evidence for an answer is not found here: it needs the weights of attention, and the engine
-    tells the selected blocks only; `Call.evidence` is passed over.
+    `close` it: replies that run may end, what comes later is refused.
     """
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        model: Model,
-        settings: ServerSettings | None = None,
-        *,
-        constraints: Constraints | None = None,
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, model: Model, settings: ServerSettings | None = None) -> None:
         self.settings = settings or ServerSettings()
         self.tokenizer = model.tokenizer
         self.vocab_size = model.config.vocab_size
+        self._think_end = model.tokenizer.token_id("</mm:think>")
         self.metrics = Metrics()
         self.created = int(time())
         self._engine = engine
-        self._constraints = constraints
         self._names = self.settings.names or (Path(model.name).resolve().name,)
         pool = engine.engine.pages.num_pages * BLOCK
         self.max_model_len = min(model.config.max_positions, pool + 1)
@@ -145,21 +136,37 @@ class Service:
                 raise _stopping() from None
             raise
         told = ReplyEvents(call, self.tokenizer)
-        note(prompt_tokens=len(ids))
+        count_tokens(prompt=len(ids))
         self.metrics.started(len(ids))
         with contextlib.closing(reply), self.metrics.written() as written:
             yield Started(len(ids))
             async for delta in reply:
-                written.add(delta)
-                note(completion_tokens=written.num_tokens)
+                count_tokens(completion=written.add(delta))
                 if self._closing and delta.finish_reason == "abort":
                     raise _stopping()
+                if constraint is not None and delta.finish_reason == "error":
+                    raise RequestError("no token goes on with this reply as the schema or tools ask: make them simpler")
                 for event in told.take(delta):
+                    if isinstance(event, Finished) and delta.completion is not None and call.evidence:
+                        attention = delta.completion.attention if told.answers else None
+                        evidence = await asyncio.to_thread(find, call, ids, self.decoder(), attention)
+                        event = replace(event, evidence=evidence, timings=delta.completion.timings)
                     yield event
 
     def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
         """The prompt and what the reply may be made of: in a thread, since both may take seconds."""
-        return self._ids(call), self._constraints(call) if self._constraints is not None else None
+        ids = self._ids(call)
+        if call.messages is None:
+            return ids, None if call.schema is None else json_constraint(self.tokenizer, call.schema)
+        return ids, reply_constraint(
+            self.tokenizer,
+            tools=call.tools,
+            choice=call.tool_choice,
+            parallel=call.parallel_tool_calls,
+            schema=call.schema,
+            thinking=call.thinking,
+            budget=call.thinking_budget,
+        )
 
     def _ids(self, call: Call) -> list[int]:
         if call.messages is not None:
@@ -187,6 +194,8 @@ class Service:
             timeout=timeout,
             prompt_logprobs=params.logprobs if call.echo else params.prompt_logprobs,
             trace=call.xray or params.trace,
+            attention=call.evidence or params.attention,
+            attention_after=self._think_end if call.messages is not None else params.attention_after,
         )
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
-from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -21,15 +19,14 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from openm3.config import BLOCK
+from openm3.evidence.places import decoded
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
+from openm3.server.parts import Part, located
 from openm3.tokens import StreamDecoder
 
 NUM_KEPT = 4
 """Contexts that are kept decoded: a million tokens take about 8 MiB."""
-
-_HEADER = re.compile(r"File: ([^\n]+)\n")
-_LATER_HEADER = re.compile(r"(?<=\n\n)File: [^\n]+\n")
 
 
 class ThinkingMode(BaseModel):
@@ -92,17 +89,6 @@ class BlockReply(BaseModel):
     tokens: tuple[int, int]
     text: str
     places: list[PlaceReply]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Characters `start` to before `stop` of a context; a document's own text begins at `body`."""
-
-    role: str
-    source: str | None
-    start: int
-    stop: int
-    body: int
 
 
 @dataclass(frozen=True)
@@ -197,58 +183,17 @@ class _Contexts:
             return found
         call = Call(messages=body.messages, tools=body.tools, thinking=body.thinking.type)
         ids = await self._service.ids(call)
-        made = await asyncio.to_thread(_decoded, name, body, ids, self._service.decoder())
+        made = await asyncio.to_thread(_made, name, body, ids, self._service.decoder())
         self._kept[name] = made
         while len(self._kept) > NUM_KEPT:
             self._kept.popitem(last=False)
         return made
 
 
-def _decoded(name: str, body: ContextBody, ids: Sequence[int], decoder: StreamDecoder) -> Context:
-    begins, end = array("I"), 0
-    pieces = []
-    for token in (*ids, *body.reply):
-        begins.append(end)
-        pieces.append(decoder.push(token))
-        end += len(pieces[-1])
-    pieces.append(decoder.finish())
-    text = "".join(pieces)
-    begins.append(len(text))
-    parts = list(_located(body.messages, text))
+def _made(name: str, body: ContextBody, ids: Sequence[int], decoder: StreamDecoder) -> Context:
+    text, begins = decoded(decoder, (*ids, *body.reply))
+    parts = list(located(body.messages, text))
     if body.reply:
         start = begins[len(ids)]
         parts.append(Part("assistant", None, start, len(text), start))
     return Context(name, text, begins, parts, len(ids))
-
-
-def _located(messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[Part]:
-    """Where the messages' texts stand in the prompt, whatever the chat template puts around them."""
-    end = 0
-    for message in messages:
-        for piece in _pieces(message.get("content")):
-            core = piece.strip()
-            start = text.find(core, end)
-            if not core or start < 0:
-                continue
-            end = start + len(core)
-            header = _HEADER.match(core)
-            source, length = (header[1], header.end()) if header else (None, 0)
-            yield Part(str(message.get("role")), source, start, end, start + length)
-
-
-def _pieces(content: object) -> list[str]:
-    """A content's documents and what is no document. In several parts, each is one; a lone text is cut at headers."""
-    if isinstance(content, str):
-        return _cut(content)
-    texts = [part["text"] for part in content if part.get("type") == "text"] if isinstance(content, list) else []
-    return texts if len(texts) > 1 else [piece for text in texts for piece in _cut(text)]
-
-
-def _cut(text: str) -> list[str]:
-    """What follows the last empty line behind the last header is the question."""
-    if not _HEADER.match(text):
-        return [text]
-    cuts = [0, *(match.start() for match in _LATER_HEADER.finditer(text))]
-    question = text.rfind("\n\n", cuts[-1])
-    cuts += [question + 2] if question >= 0 else []
-    return [text[i:k] for i, k in pairwise([*cuts, len(text)])]

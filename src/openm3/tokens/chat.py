@@ -32,8 +32,12 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 # Words that templates compare with stay unmarked: alone they are no control token, and all around them is marked.
 _WORDS = {*_ROLES, "text", "function", "string", "number", "integer", "boolean", "object", "array", "null"}
 _NAMES = ("properties", "$defs", "definitions", "patternProperties")
-_TAG_NAME = re.compile(r'[^<>"\r\n/][^<>"\r\n]{0,127}')
-_INVOKE_NAME = re.compile(r'[^<>"\r\n]{1,128}')
+
+TAG_NAME = re.compile(r'[^<>"\r\n/][^<>"\r\n]{0,127}')
+"""Keys that can be written as a tag."""
+
+INVOKE_NAME = re.compile(r'[^<>"\r\n]{1,128}')
+"""Names of functions that can be called."""
 
 
 def render(
@@ -81,10 +85,10 @@ def render_tool_call(name: str, arguments: Mapping[str, Any]) -> str:
 
     Arguments that are None are left out. Raises PromptError for a name or an argument name that cannot stand in a tag.
     """
-    if not _INVOKE_NAME.fullmatch(name):
+    if not INVOKE_NAME.fullmatch(name):
         raise PromptError(f"the function name {name!r} cannot stand in a tag")
     for key in arguments:
-        if not _TAG_NAME.fullmatch(key):
+        if not TAG_NAME.fullmatch(key):
             raise PromptError(f"the argument name {key!r} cannot stand in a tag")
     module = _compiled(TEMPLATE).make_module({"messages": []})
     call = {"function": {"name": name, "arguments": {key: _taggable(value) for key, value in arguments.items()}}}
@@ -178,7 +182,7 @@ def _checked_tools(tools: object) -> list[dict[str, Any]]:
 def _taggable(value: Any) -> Any:
     """`value` with every object that cannot be written as tags replaced by its JSON text, which parses back."""
     if isinstance(value, Mapping):
-        if not all(isinstance(key, str) and _TAG_NAME.fullmatch(key) for key in value) or set(value) == {"item"}:
+        if not all(isinstance(key, str) and TAG_NAME.fullmatch(key) for key in value) or set(value) == {"item"}:
             return json.dumps(value, ensure_ascii=False)
         return {key: _taggable(inner) for key, inner in value.items()}
     return [_taggable(inner) for inner in value] if isinstance(value, list | tuple) else value

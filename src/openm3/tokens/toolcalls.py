@@ -39,7 +39,7 @@ class CallBuilder:
     """
 
     def __init__(self, parameters: Mapping[str, Any] | None) -> None:
-        self._schemas = _Schemas(parameters or {})
+        self._schemas = Schemas(parameters or {})
         self._stack = [_Open("", parameters or {})]
         self._arguments: dict[str, Any] = {}
         self._json_opened = False
@@ -110,7 +110,7 @@ class CallBuilder:
         return f"{opening}{json.dumps(key, ensure_ascii=False)}: "
 
 
-class _Schemas:
+class Schemas:
     """What a JSON schema says of a value: the few keywords that decide how its text is read."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
@@ -119,7 +119,7 @@ class _Schemas:
     def child(self, schema: object, key: str) -> object:
         """The schema of what stands in the tag `key`, {} if nothing is said."""
         found = []
-        for option in self._options(schema):
+        for option in self.options(schema):
             properties, items = option.get("properties"), option.get("items")
             if isinstance(properties, Mapping) and key in properties:
                 found.append(properties[key])
@@ -132,7 +132,7 @@ class _Schemas:
     def types(self, schema: object) -> set[str]:
         """The JSON types that a value may have, empty if nothing is said."""
         found: set[str] = set()
-        for option in self._options(schema):
+        for option in self.options(schema):
             named = option.get("type")
             if isinstance(named, str):
                 found.add(named)
@@ -143,7 +143,7 @@ class _Schemas:
             elif "items" in option:
                 found.add("array")
             else:
-                found |= {_type_of(value) for value in _listed(option)}
+                found |= {_type_of(value) for value in listed(option)}
         return found
 
     def value(self, schema: object, text: str, children: list[tuple[str, Any]]) -> Any:
@@ -163,7 +163,7 @@ class _Schemas:
         return {key: values[0] if len(values) == 1 else values for key, values in repeated.items()}
 
     def _text_value(self, schema: object, types: set[str], text: str) -> Any:
-        if any(text == value for option in self._options(schema) for value in _listed(option)):
+        if any(text == value for option in self.options(schema) for value in listed(option)):
             return text
         literal = _literal_or_none(text)
         for name in _ORDER:
@@ -175,8 +175,8 @@ class _Schemas:
             return text
         return literal
 
-    def _options(self, schema: object) -> Iterator[Mapping[str, Any]]:
-        """The schema and all that it refers to or combines."""
+    def options(self, schema: object) -> Iterator[Mapping[str, Any]]:
+        """The schema and all that it refers to or combines, 256 at most."""
         todo = [schema]
         for _ in range(256):  # references may be circular
             if not todo:
@@ -196,7 +196,8 @@ class _Schemas:
         return target
 
 
-def _listed(option: Mapping[str, Any]) -> list[Any]:
+def listed(option: Mapping[str, Any]) -> list[Any]:
+    """The values that a schema names, if it names them."""
     values = option.get("enum")
     return values if isinstance(values, list) else [option["const"]] if "const" in option else []
 

@@ -1,6 +1,7 @@
 // One answer on the page, as it comes: thinking, text, evidence, cost.
 
 import { Markdown, element } from "./markdown.js";
+import { placed } from "./reader.js";
 
 const number = new Intl.NumberFormat("en-US");
 const rounded = new Intl.NumberFormat("en-US", { maximumSignificantDigits: 3 });
@@ -123,7 +124,7 @@ function seconds(value) {
 // The lines that an answer draws on, most attended first.
 function evidenceList(evidence) {
   const items = evidence.map(({ text, share, source, lines }) => {
-    const where = source ? `${source}${lines ? `:${lines[1] > lines[0] ? lines.join("-") : lines[0]}` : ""}` : "message";
+    const where = placed({ role: "user", source, lines });
     const label = element("div", element("b", where), ` ${Math.round(100 * share)} % of the attention`);
     const quote = element("pre", text);
     quote.tabIndex = 0;

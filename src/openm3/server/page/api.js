@@ -54,7 +54,7 @@ export async function* chat(body, signal) {
       for (const line of lines) {
         if (!line.startsWith("data:")) continue;
         const data = line.slice(5).trim();
-        if (data === "[DONE]") return;
+        if (data === "[DONE]") continue;
         const chunk = JSON.parse(data);
         if (chunk.error) throw new ApiError(chunk.error.message, 500);
         yield chunk;

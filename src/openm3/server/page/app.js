@@ -5,7 +5,7 @@ import { chat, getKey, request, setKey } from "./api.js";
 import { read, userMessage } from "./documents.js";
 import { element } from "./markdown.js";
 import { Recording } from "./recording.js";
-import { Xray } from "./xray.js";
+import { NARROW, Xray } from "./xray.js";
 
 const $ = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en-US");
@@ -110,7 +110,7 @@ function record(recording, ids, blocks, answer) {
     button.onclick = () => xray.open(recording, button);
     answer.element.append(button);
     // On a wide page there is room for both.
-    if (matchMedia("(min-width: 1000px)").matches) xray.open(recording);
+    if (!NARROW.matches) xray.open(recording);
   }
   if (xray.recording === recording) xray.grow();
 }

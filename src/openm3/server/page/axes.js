@@ -20,13 +20,13 @@ export function drawAxes(canvas, map, outline) {
 }
 
 // The part of a token's blocks that the token before read, for all tokens, and where `index` is.
-export function drawSpark(canvas, ratio, overlaps, index, [curve, cursor]) {
+export function drawSpark(canvas, ratio, overlaps, index) {
   const { clientWidth: width, clientHeight: height } = canvas;
   if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
   if (canvas.height !== Math.round(height * ratio)) canvas.height = Math.round(height * ratio);
   const context = scaled(canvas, ratio);
   const last = Math.max(1, overlaps.length - 1);
-  context.strokeStyle = curve;
+  context.strokeStyle = context.fillStyle = getComputedStyle(canvas).color;
   context.lineWidth = 1.5;
   context.beginPath();
   const step = Math.max(1, Math.floor(overlaps.length / width));
@@ -34,7 +34,6 @@ export function drawSpark(canvas, ratio, overlaps, index, [curve, cursor]) {
     context.lineTo(1 + (i / last) * (width - 2), 2 + (1 - overlaps[i]) * (height - 4));
   }
   context.stroke();
-  context.fillStyle = cursor;
   context.fillRect((index / last) * (width - 2), 0, 2, height);
 }
 

@@ -2,8 +2,12 @@
 
 export class Unreadable extends Error {}
 
+// Far more text than any model takes.
+const MOST_BYTES = 64 * 2 ** 20;
+
 // A file's text, its lines ended by \n alone. Throws Unreadable with the reason.
 export async function read(file) {
+  if (file.size > MOST_BYTES) throw new Unreadable("is larger than 64 MiB");
   let bytes;
   try {
     bytes = new Uint8Array(await file.arrayBuffer());

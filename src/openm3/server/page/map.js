@@ -1,9 +1,9 @@
 // The X-ray's picture: rows are layers and groups, columns are blocks. Drawn as pixels, for 60 frames a second.
 //
-// What all tokens read is drawn once a view, as the ground; a frame puts the ground back where the last token's marks
-// were, draws the new ones, and copies the rows of pixels that changed.
+// What all tokens read is drawn once a view, as the ground. A frame puts the ground back where the last token's marks
+// were and draws the new ones: a few thousand pixels, however long the context is.
 
-const MOST_SCALE = 24;
+const MOST_SCALE = 64;
 const LEAST_MARK = 2;
 
 export class BlockMap {
@@ -30,6 +30,7 @@ export class BlockMap {
 
   show(recording) {
     this.recording = recording;
+    this.#shown = { length: recording.length, numBlocks: recording.numBlocks };
     this.fit();
   }
 
@@ -42,6 +43,7 @@ export class BlockMap {
     this.#image = this.#context.createImageData(this.canvas.width, this.canvas.height);
     this.#frame = new Uint32Array(this.#image.data.buffer);
     this.#ground = new Uint32Array(this.#frame.length);
+    this.scale = Math.max(this.scale, this.#leastScale());
     if (whole) this.fit();
     else this.move(this.first);
   }
@@ -101,8 +103,7 @@ export class BlockMap {
     const { recording } = this;
     if (!recording?.length || !this.#frame) return;
     this.#follow();
-    const whole = this.#stale;
-    if (whole) this.#drawGround();
+    if (this.#stale) this.#drawGround();
     else this.#restore();
     const token = recording.token(index);
     const before = index > 0 ? recording.token(index - 1) : null;
@@ -128,8 +129,13 @@ export class BlockMap {
     this.#stale = true;
   }
 
+  // Rows and columns that are wide enough stand apart.
   get #gap() {
     return this.scale >= 4 * this.ratio ? Math.round(this.ratio) : 0;
+  }
+
+  get #markHeight() {
+    return this.rowHeight > 3 * this.ratio ? this.rowHeight - Math.round(this.ratio) : this.rowHeight;
   }
 
   // Pixels of a block: start and end, cut to the picture.
@@ -146,28 +152,37 @@ export class BlockMap {
   #drawGround() {
     const { recording, rowHeight, colors } = this;
     const width = this.canvas.width;
-    const height = rowHeight > 3 * this.ratio ? rowHeight - Math.round(this.ratio) : rowHeight;
-    const first = Math.max(0, Math.floor(this.first));
-    const end = Math.min(recording.numBlocks, Math.ceil(this.first + this.span));
-    const levels = new Uint8Array(width);
+    const { from, to } = this.#columns();
+    const [seldom, sometimes, often] = colors.ever;
     this.#ground.fill(colors.even);
     for (let row = 0; row < recording.rows.length; row++) {
       const start = row * rowHeight * width;
       const back = recording.rows[row].layer % 2 ? colors.odd : colors.even;
+      const color = Uint32Array.of(back, seldom, back, sometimes, back, back, back, often);
+      const levels = recording.levels(row);
       this.#ground.fill(back, start, start + rowHeight * width);
-      levels.fill(0);
-      for (let block = first; block < end; block++) {
-        const count = recording.count(row, block);
-        if (!count) continue;
-        const level = 16 * count < recording.length ? 1 : 4 * count < recording.length ? 2 : 3;
-        const right = this.#right(block);
-        for (let x = this.#left(block); x < right; x++) if (levels[x] < level) levels[x] = level;
+      for (let x = 0; x < width; x++) {
+        let level = 0;
+        for (let block = from[x]; block < to[x]; block++) level |= levels[block];
+        this.#ground[start + x] = color[level];
       }
-      for (let x = 0; x < width; x++) if (levels[x]) this.#ground[start + x] = colors.ever[levels[x] - 1];
-      for (let y = 1; y < height; y++) this.#ground.copyWithin(start + y * width, start, start + width);
+      for (let y = 1; y < this.#markHeight; y++) this.#ground.copyWithin(start + y * width, start, start + width);
     }
     this.#frame.set(this.#ground);
     this.#stale = false;
+  }
+
+  // The blocks that each column of pixels shows; none in the gaps between them.
+  #columns() {
+    const { numBlocks } = this.recording;
+    const from = new Int32Array(this.canvas.width);
+    const to = new Int32Array(this.canvas.width);
+    for (let x = 0; x < from.length; x++) {
+      from[x] = Math.floor(this.first + x / this.scale);
+      to[x] = Math.min(numBlocks, Math.max(from[x] + 1, Math.floor(this.first + (x + 1) / this.scale)));
+      if (this.#gap && x >= this.#right(from[x])) to[x] = from[x];
+    }
+    return { from, to };
   }
 
   #restore() {
@@ -191,7 +206,7 @@ export class BlockMap {
   #drawMarks(token, before, fresh) {
     const width = this.canvas.width;
     const { rowHeight } = this;
-    const height = rowHeight > 3 * this.ratio ? rowHeight - Math.round(this.ratio) : rowHeight;
+    const height = this.#markHeight;
     const color = fresh ? this.colors.fresh : this.colors.kept;
     const first = this.first - 1;
     const end = this.first + this.span;

@@ -64,7 +64,8 @@ function titled({ block, tokens, places }) {
   return [`Block ${number.format(block)}`, [...where].join(", "), range].filter(Boolean).join(" · ");
 }
 
-function placed({ role, source, lines }) {
+// Whose text it is: file and lines, as editors and compilers write them.
+export function placed({ role, source, lines }) {
   if (!source) return { system: "system message", user: "message", assistant: "answer" }[role] ?? role;
   if (!lines) return source;
   return lines[1] > lines[0] ? `${source}:${lines[0]}-${lines[1]}` : `${source}:${lines[0]}`;

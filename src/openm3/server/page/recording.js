@@ -1,5 +1,8 @@
 // Which blocks each token of one answer read, packed so that any token can be shown at once.
 
+const SOMETIMES = 4;
+const OFTEN = 32;
+
 export class Recording {
   // One row for each group of each sparse layer, in order; dense layers read everything and have no row.
   rows = [];
@@ -10,6 +13,7 @@ export class Recording {
   overlaps = [];
   #tokens = [];
   #counts = new Uint16Array(0);
+  #levels = new Uint8Array(0);
   #stride = 0;
 
   // `request` holds what the answer's prompt was made of: {messages, thinking}.
@@ -24,7 +28,7 @@ export class Recording {
   // Add tokens as the server sends them: `looked[token][layer][group]` are ascending ids of blocks.
   add(ids, looked) {
     looked.forEach((blocks, i) => {
-      if (!this.rows.length) this.#name(blocks);
+      if (!this.length) this.#name(blocks);
       const lists = this.rows.map(({ layer, group }) => blocks[layer]?.[group] ?? []);
       const starts = new Uint32Array(lists.length + 1);
       lists.forEach((list, row) => (starts[row + 1] = starts[row] + list.length));
@@ -49,14 +53,26 @@ export class Recording {
 
   // How many tokens of the answer read this block in this row.
   count(row, block) {
-    return block < this.#stride ? this.#counts[row * this.#stride + block] : 0;
+    return this.#counts[row * this.#stride + block];
+  }
+
+  // How often each block was read in this row: 0 never, 1 seldom, 3 at times, 7 often. Joined by or, the most often.
+  levels(row) {
+    return this.#levels.subarray(row * this.#stride, row * this.#stride + this.numBlocks);
   }
 
   // The blocks that most rows read at a token, most first: [block, rows].
   top(index, limit) {
-    const rows = new Map();
-    for (const block of this.#tokens[index].ids) rows.set(block, (rows.get(block) ?? 0) + 1);
-    return [...rows].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, limit);
+    const rows = new Uint16Array(this.numBlocks);
+    for (const block of this.#tokens[index].ids) rows[block]++;
+    const found = [];
+    for (let block = 0; block < rows.length; block++) {
+      if (!rows[block] || (found.length === limit && rows[block] <= found.at(-1)[1])) continue;
+      const place = found.findIndex(([, count]) => count < rows[block]);
+      found.splice(place < 0 ? found.length : place, 0, [block, rows[block]]);
+      found.length = Math.min(limit, found.length);
+    }
+    return found;
   }
 
   #name(blocks) {
@@ -69,20 +85,27 @@ export class Recording {
   #count({ starts, ids }) {
     if (this.numBlocks > this.#stride) {
       const stride = Math.max(64, 2 * this.#stride, this.numBlocks);
-      const counts = new Uint16Array(this.rows.length * stride);
-      for (let row = 0; row < this.rows.length; row++) {
-        counts.set(this.#counts.subarray(row * this.#stride, (row + 1) * this.#stride), row * stride);
-      }
-      this.#counts = counts;
+      const size = this.rows.length * stride;
+      this.#counts = spread(this.#counts, new Uint16Array(size), this.#stride, stride);
+      this.#levels = spread(this.#levels, new Uint8Array(size), this.#stride, stride);
       this.#stride = stride;
     }
     for (let row = 0; row + 1 < starts.length; row++) {
       for (let i = starts[row]; i < starts[row + 1]; i++) {
         const at = row * this.#stride + ids[i];
         if (this.#counts[at] < 65535) this.#counts[at]++;
+        this.#levels[at] = this.#counts[at] < SOMETIMES ? 1 : this.#counts[at] < OFTEN ? 3 : 7;
       }
     }
   }
+}
+
+// Rows of one length into longer ones.
+function spread(from, to, before, after) {
+  for (let row = 0; row * before < from.length; row++) {
+    to.set(from.subarray(row * before, (row + 1) * before), row * after);
+  }
+  return to;
 }
 
 // The part of a token's blocks that the token before it read in the same row.

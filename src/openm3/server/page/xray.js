@@ -10,6 +10,7 @@ const $ = (id) => document.getElementById(id);
 const MOST_HEIGHT = 440;
 const MOST_ROW = 22;
 const TOKENS_PER_SECOND = 12;
+export const NARROW = matchMedia("(max-width: 999px)");
 const number = new Intl.NumberFormat("en-US");
 
 export class Xray {
@@ -18,12 +19,14 @@ export class Xray {
   #reader = new Reader();
   #context = null;
   #index = 0;
+  #pointed = null;
   #row = 0;
   #block = 0;
   #frame = 0;
   #playing = 0;
   #opener = null;
   #pointers = new Map();
+  #word;
   #numRows = 0;
   #numBlocks = 0;
 
@@ -38,14 +41,21 @@ export class Xray {
       event.preventDefault();
       this.#read(Number($("block").value));
     };
-    $("tokens").onclick = (event) => event.target.dataset.token && this.go(Number(event.target.dataset.token));
+    $("tokens").onclick = (event) => {
+      if (event.target.dataset.token) this.go(Number(event.target.dataset.token));
+    };
     $("top").onclick = (event) => {
       const button = event.target.closest("button");
       if (button) this.#read(Number(button.dataset.block));
     };
     $("spark").onpointerdown = (event) => this.go(Math.round((event.offsetX / $("spark").clientWidth) * this.#last));
-    $("xray").onkeydown = (event) => event.key === "Escape" && this.close();
+    $("xray").onkeydown = (event) => {
+      if (event.key !== "Escape") return;
+      event.preventDefault();
+      this.close();
+    };
     this.#listen($("cells"));
+    NARROW.onchange = () => this.#cover();
     new ResizeObserver(() => this.#resize()).observe($("map"));
   }
 
@@ -64,10 +74,11 @@ export class Xray {
     this.#recording = recording;
     this.#context = null;
     this.#numRows = 0;
+    this.#point(null);
     this.#reader.use(recording);
     this.#map.show(recording);
     $("xray").hidden = false;
-    document.body.classList.add("with-xray");
+    this.#cover();
     $("tokens").replaceChildren();
     this.#resize();
     this.go(this.#last);
@@ -78,7 +89,7 @@ export class Xray {
   close() {
     this.#pause();
     $("xray").hidden = true;
-    document.body.classList.remove("with-xray");
+    this.#cover();
     this.#opener?.focus();
   }
 
@@ -123,6 +134,11 @@ export class Xray {
 
   get #last() {
     return Math.max(0, (this.#recording?.length ?? 0) - 1);
+  }
+
+  // On a narrow page the panel covers everything else.
+  #cover() {
+    for (const node of document.querySelectorAll("header, main")) node.inert = this.isOpen && NARROW.matches;
   }
 
   #play() {
@@ -195,9 +211,9 @@ export class Xray {
     // The axes change with the view and the length alone.
     if (this.#numBlocks !== recording.numBlocks) drawAxes($("axes"), this.#map, this.#context);
     this.#numBlocks = recording.numBlocks;
-    const colors = ["c-kept", "c-new"].map((id) => getComputedStyle($(id)).backgroundColor);
-    drawSpark($("spark"), this.#map.ratio, recording.overlaps, this.#index, colors);
+    drawSpark($("spark"), this.#map.ratio, recording.overlaps, this.#index);
     this.#describe();
+    this.#tell();
     this.#mark();
   }
 
@@ -206,9 +222,10 @@ export class Xray {
     const read = recording.token(this.#index).ids.length / Math.max(1, recording.rows.length);
     const share = read / recording.numBlocks;
     const percent = share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toPrecision(2);
+    const dense = recording.dense.length > 1 ? "dense: layers" : "dense: layer";
     $("xray-sum").textContent =
       `${round(read)} of ${number.format(recording.numBlocks)} blocks a row (${percent} %)` +
-      (recording.dense.length ? ` · dense: layer ${ranges(recording.dense)}` : "");
+      (recording.dense.length ? ` · ${dense} ${ranges(recording.dense)}` : "");
     const slider = $("token");
     slider.max = this.#last;
     slider.value = this.#index;
@@ -223,14 +240,16 @@ export class Xray {
       `Map of ${recording.rows.length} rows and ${recording.numBlocks} blocks at token ${this.#index + 1}`,
     );
     $("block").max = recording.numBlocks - 1;
-    const now = $("tokens").querySelector("[aria-current]");
-    const next = $("tokens").children[this.#index];
-    if (now !== next) {
-      now?.removeAttribute("aria-current");
-      next?.setAttribute("aria-current", "true");
-      if (next) scrolled($("tokens"), next);
-    }
+    this.#underline($("tokens").children[this.#index]);
     this.#listTop();
+  }
+
+  #underline(word) {
+    if (this.#word === word) return;
+    this.#word?.removeAttribute("aria-current");
+    this.#word = word;
+    word?.setAttribute("aria-current", "true");
+    if (word) scrolled($("tokens"), word);
   }
 
   #listTop() {
@@ -316,13 +335,19 @@ export class Xray {
   }
 
   #point(found) {
+    this.#pointed = found;
+    if (found) [this.#row, this.#block] = [found.row, found.block];
+    this.#tell();
+  }
+
+  // What is pointed at: it changes with the token, and its place with the view.
+  #tell() {
+    const found = this.#pointed;
     $("line").hidden = !found;
     if (!found) {
       $("hover").textContent = "";
       return;
     }
-    this.#row = found.row;
-    this.#block = found.block;
     const { layer, group } = this.#recording.rows[found.row];
     const times = this.#recording.count(found.row, found.block);
     $("hover").textContent =

@@ -1,16 +1,15 @@
-"""Attention added up: against a brute-force sum, and lines chosen from known masses."""
+"""Attention added up: against a brute-force sum, alone and among the requests of a batch."""
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from openm3.ask.documents import Document
-from openm3.ask.evidence import MAX_LINE_CHARS, MAX_LINES, Evidence, Witness, attention_weights, rank
-from openm3.ask.places import Places
 from openm3.config import BLOCK
+from openm3.model import witness as module
 from openm3.model.attention import Heads
 from openm3.model.batch import Batch
+from openm3.model.witness import Witness, attention_weights
 from openm3.ops.attention import sparse_attention
 from openm3.ops.cache import Pool
 
@@ -63,6 +62,63 @@ def test_mass_is_the_sum_of_attention(selected: list[list[int]] | None, num_toke
 
 
 @pytest.mark.parametrize("selected", [None, [[0, 2, 4], [1, 3, 4]]])
+def test_keys_copied_a_few_at_a_time(selected: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, batch = step(4 * BLOCK + 17, 2, selected=selected)
+    whole, _, _ = attention_weights(heads, batch)
+    monkeypatch.setattr(module, "BLOCKS_AT_ONCE", 2)
+    torch.testing.assert_close(attention_weights(heads, batch)[0], whole)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_token_of_one_request_among_others(dense: bool) -> None:
+    """Two requests in the same pool, of which the second one's page table is the wider."""
+    one, first = step(2 * BLOCK + 5, 3, selected=None if dense else [[0, 2], [1, 2]])
+    two, second = step(4 * BLOCK + 17, 2, selected=None if dense else [[0, 4], [1, 3]], seed=1)
+    pages = one.pool.k_MGBH.shape[0]
+    page_RP = torch.zeros((2, 5), dtype=torch.int32)
+    page_RP[0, :3], page_RP[1] = first.page_RP[0], second.page_RP[0] + pages
+    batch = Batch(
+        ids_T=torch.zeros(5, dtype=torch.long),
+        position_T=torch.cat([first.position_T, second.position_T]),
+        slot_T=torch.cat([first.slot_T, second.slot_T + pages * BLOCK]),
+        page_RP=page_RP,
+        start_R1=torch.tensor([0, 3, 5], dtype=torch.int32),
+        length_R=torch.cat([first.length_R, second.length_R]),
+    )
+    pool = Pool(*(torch.cat([a, b]) for a, b in zip(one.pool[:2], two.pool[:2], strict=True)), None)
+    block_TGK = None if dense else torch.cat([one.block_TGK, two.block_TGK])
+    heads = Heads(torch.cat([one.q_TNH, two.q_TNH]), pool, None, block_TGK, one.scale)
+    for request, token, length, (own, alone) in ((0, 1, 250, (one, first)), (1, 4, 529, (two, second))):
+        own_token = token - [0, 3][request]
+        expected = Witness(length, tokens=slice(own_token, own_token + 1))
+        expected(0, own, alone)
+        found = Witness(length, request=request, tokens=slice(token, token + 1))
+        found(0, heads, batch)
+        torch.testing.assert_close(found.mass_S, expected.mass_S)
+        assert found.attended_share == pytest.approx(expected.attended_share)
+        assert float(found.mass_S.sum()) > 0
+
+
+def test_attention_beyond_the_length_is_not_kept() -> None:
+    heads, batch = step(300, 1, selected=[[0, 2]])
+    short, whole = Witness(260), Witness(300)
+    short(0, heads, batch)
+    whole(0, heads, batch)
+    torch.testing.assert_close(short.mass_S, whole.mass_S[:260])
+    assert short.attended_share == whole.attended_share
+
+
+def test_what_is_forgotten_does_not_count() -> None:
+    witness, expected = Witness(300), Witness(300)
+    witness(0, *step(290, 1, selected=[[0, 2]]))
+    witness.forget()
+    for one in (witness, expected):
+        one(0, *step(291, 1, selected=[[1, 2]], seed=1))
+    torch.testing.assert_close(witness.mass_S, expected.mass_S)
+    assert witness.attended_share == expected.attended_share
+
+
+@pytest.mark.parametrize("selected", [None, [[0, 2, 4], [1, 3, 4]]])
 def test_weights_are_those_of_the_operator(selected: list[list[int]] | None) -> None:
     heads, batch = step(4 * BLOCK + 17, 3, selected=selected)
     weight_TGhS, slot_TGS, _ = attention_weights(heads, batch)
@@ -92,96 +148,3 @@ def test_steps_and_layers_add_up() -> None:
     both(1, *other)
     torch.testing.assert_close(both.mass_S, first.mass_S + second.mass_S)
     assert both.attended_share == pytest.approx(((128 + 290 - 256) / 290 + 1) / 2)
-
-
-def places(*lengths: int, lead: int = 3, tail: int = 5, header: int = 2) -> Places:
-    """One document for each list of token counts a line, after `lead` tokens of template, before `tail` of question."""
-    return documents_of([list(lengths)], lead, tail, header)
-
-
-def documents_of(counts: list[list[int]], lead: int = 3, tail: int = 5, header: int = 2) -> Places:
-    row_T, document, number = [-1] * lead, [], []
-    for index, lines in enumerate(counts):
-        document += [index] * (len(lines) + 2)
-        row_T += [-1] * header
-        first = len(number) + 1
-        number += [0, *range(1, len(lines) + 1), 0]
-        for k, count in enumerate(lines):
-            row_T += [first + k] * count
-        row_T += [-1]
-    return Places(np.array(row_T + [-1] * tail), np.array(document), np.array(number))
-
-
-def texts(*counts: int) -> list[Document]:
-    return [
-        Document(f"{i}.txt", "".join(f"{i}:{n}\n" for n in range(1, count + 1)), "utf-8")
-        for i, count in enumerate(counts)
-    ]
-
-
-def mass_on(where: Places, **lines: float) -> NDArray[np.float64]:
-    """Mass on the first token of each line named d0_5 (document 0, line 5)."""
-    mass = np.zeros(len(where.row_T) + 10)
-    for name, value in lines.items():
-        document, number = map(int, name[1:].split("_"))
-        row = next(
-            i for i, at in enumerate(zip(where.document_L, where.number_L, strict=True)) if at == (document, number)
-        )
-        mass[np.flatnonzero(where.row_T == row)[0]] = value
-    return mass
-
-
-def test_the_most_attended_line_comes_first() -> None:
-    where = documents_of([[40] * 20, [40] * 20])
-    mass = mass_on(where, d1_15=6.0, d0_4=3.0, d0_18=1.0)
-    assert rank(mass, where, texts(20, 20)) == (
-        Evidence("1.txt", 15, 15, "1:15", 0.6),
-        Evidence("0.txt", 4, 4, "0:4", 0.3),
-        Evidence("0.txt", 18, 18, "0:18", 0.1),
-    )
-    assert len(rank(mass, where, texts(20, 20), limit=2)) == 2
-
-
-def test_attention_outside_of_the_documents_does_not_count() -> None:
-    where = places(*[10] * 8)
-    mass = mass_on(where, d0_3=1e-6)
-    mass[0] = mass[4] = mass[-12] = 100.0
-    assert rank(mass, where, texts(8)) == (Evidence("0.txt", 3, 3, "0:3", 1.0),)
-    assert rank(np.zeros_like(mass), where, texts(8)) == ()
-
-
-def test_neighbours_that_matter_are_quoted_too() -> None:
-    where = places(*[10] * 8)
-    found = rank(mass_on(where, d0_3=0.2, d0_4=4.0, d0_5=1.0, d0_7=1.0), where, texts(8))
-    assert found == (Evidence("0.txt", 4, 5, "0:4\n0:5", pytest.approx(5 / 6.2)),)
-
-
-def test_a_line_on_a_block_border_is_one_piece() -> None:
-    where = places(100, 60, 100)
-    mass = np.zeros(len(where.row_T))
-    line = np.flatnonzero(where.row_T == 2)
-    assert line[0] < BLOCK <= line[-1]
-    mass[line[0]] = mass[line[-1]] = 1.0
-    assert rank(mass, where, texts(3)) == (Evidence("0.txt", 2, 2, "0:2", 1.0),)
-
-
-def test_equal_blocks_stand_in_the_order_of_the_prompt() -> None:
-    where = places(*[32] * 40)
-    found = rank(mass_on(where, d0_2=1.0, d0_30=1.0, d0_14=1.0, d0_22=1.0), where, texts(40))
-    assert [e.first_line for e in found] == [2, 14, 22]
-
-
-def test_evidence_stays_within_a_file_and_a_few_lines() -> None:
-    where = documents_of([[3] * 10, [3] * 30], header=1)
-    mass = np.where(where.row_T >= 0, 1.0, 0.0)
-    for found in rank(mass, where, texts(10, 30)):
-        assert found.last_line - found.first_line < MAX_LINES
-        assert found.text.split("\n")[0] == f"{found.file[0]}:{found.first_line}"
-        assert len(set(line[0] for line in found.text.split("\n"))) == 1
-
-
-def test_long_lines_are_cut() -> None:
-    where = places(5, 5)
-    document = Document("0.txt", "x" * 1000 + "\ny\n", "utf-8")
-    (found,) = rank(mass_on(where, d0_1=1.0), where, [document])
-    assert found.text == "x" * (MAX_LINE_CHARS - 1) + "…"

@@ -1,15 +1,18 @@
 """Tokens to lines: against the plain way, on any text, and with templates that are not ours."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from openm3.ask.documents import Document
-from openm3.ask.places import locate
-from openm3.model.model import Model
+from openm3.evidence.places import decoded, locate, placed
 from openm3.tokens.prompt import user_message
 from openm3.tokens.tokenizer import Tokenizer, train_bpe
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "m3-random-s0" / "model"
 
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"), max_size=12)
 DOCUMENT = st.lists(LINE, min_size=1, max_size=6).map("\n".join).filter(str.strip)
@@ -62,10 +65,11 @@ def test_every_token_has_its_line(merging: Tokenizer, texts: list[str], question
     assert places.num_tokens == sum(place is not None for place in found)
 
 
-def test_a_byte_tokenizer(model: Model) -> None:
+def test_a_byte_tokenizer() -> None:
+    tokenizer = Tokenizer.from_folder(CHECKPOINT)
     documents = made("é\nab", "c\n")
-    ids = prompt(model.tokenizer, documents)
-    places = locate(model.tokenizer, ids, documents)
+    ids = prompt(tokenizer, documents)
+    places = locate(tokenizer, ids, documents)
     assert places is not None
     row_T = places.row_T[places.row_T >= 0]
     lines = [(int(d), int(n)) for d, n in zip(places.document_L[row_T], places.number_L[row_T], strict=True)]
@@ -81,8 +85,9 @@ def test_a_foreign_template(merging: Tokenizer) -> None:
     documents = made("one\ntwo", "three")
     places = locate(other, prompt(other, documents), documents)
     assert places is not None
-    assert set(places.row_T) == {-1, 1, 2, 5}
-    assert list(places.number_L) == [0, 1, 2, 0, 0, 1, 0]
+    assert set(places.row_T) == {-1, 0, 1, 2}
+    assert list(places.document_L) == [0, 0, 1]
+    assert list(places.number_L) == [1, 2, 1]
 
 
 def test_a_template_that_changes_the_text(merging: Tokenizer) -> None:
@@ -95,3 +100,15 @@ def test_ids_cut_inside_the_documents(merging: Tokenizer) -> None:
     documents = made("one\ntwo")
     assert locate(merging, prompt(merging, documents)[:8], documents) is None
     assert locate(merging, [], documents) is None
+
+
+def test_parts_of_any_text() -> None:
+    tokenizer = Tokenizer.from_folder(CHECKPOINT)
+    written = "ask: a\n\nbc\n; no: d"
+    text, begins = decoded(tokenizer.decoder(), tokenizer.encode(written))
+    assert (text, list(begins)) == (written, list(range(len(written) + 1)))
+    places = placed(text, begins, [(5, 11), (12, 12), (13, 18)])
+    assert list(places.row_T) == [-1] * 5 + [0, 0, 1, 2, 2, 2] + [-1, -1] + [3] * 5
+    assert list(places.document_L) == [0, 0, 0, 2]
+    assert list(places.number_L) == [1, 2, 3, 1]
+    assert list(placed(text, begins, []).row_T) == [-1] * len(written)

@@ -1,0 +1,74 @@
+"""Documents in conversations: written into messages as `openm3 ask` writes them, and found again in a prompt's text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from openm3.server.errors import RequestError
+from openm3.tokens.prompt import document_text
+
+_HEADER = re.compile(r"File: ([^\n]+)\n")
+_LATER_HEADER = re.compile(r"(?<=\n\n)File: [^\n]+\n")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Characters `start` to before `stop` of a prompt's text; a document's own text begins at `body`."""
+
+    role: str
+    source: str | None
+    start: int
+    stop: int
+    body: int
+
+
+def with_documents(messages: Sequence[dict[str, Any]], documents: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The messages with (name, text) documents before the first words of the user's.
+
+    There they stand whatever is asked next, so that they are read once. Each is a part of its own: nobody has to guess
+    where it ends. Raises RequestError where no message is the user's.
+    """
+    written = [{"type": "text", "text": document_text(name, text)} for name, text in documents]
+    for i, message in enumerate(messages):
+        if message.get("role") == "user":
+            content = message.get("content")
+            own = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+            return [*messages[:i], {**message, "content": [*written, *own]}, *messages[i + 1 :]]
+    raise RequestError("documents need a message of role user to stand in", param="documents")
+
+
+def located(messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[Part]:
+    """Where the messages' texts stand in the prompt, whatever the chat template puts around them."""
+    end = 0
+    for message in messages:
+        for piece in _pieces(message.get("content")):
+            core = piece.strip()
+            start = text.find(core, end)
+            if not core or start < 0:
+                continue
+            end = start + len(core)
+            header = _HEADER.match(core)
+            source, length = (header[1], header.end()) if header else (None, 0)
+            yield Part(str(message.get("role")), source, start, end, start + length)
+
+
+def _pieces(content: object) -> list[str]:
+    """A content's documents and what is no document. In several parts, each is one; a lone text is cut at headers."""
+    if isinstance(content, str):
+        return _cut(content)
+    texts = [part["text"] for part in content if part.get("type") == "text"] if isinstance(content, list) else []
+    return texts if len(texts) > 1 else [piece for text in texts for piece in _cut(text)]
+
+
+def _cut(text: str) -> list[str]:
+    """What follows the last empty line behind the last header is the question."""
+    if not _HEADER.match(text):
+        return [text]
+    cuts = [0, *(match.start() for match in _LATER_HEADER.finditer(text))]
+    question = text.rfind("\n\n", cuts[-1])
+    cuts += [question + 2] if question >= 0 else []
+    return [text[i:k] for i, k in pairwise([*cuts, len(text)])]

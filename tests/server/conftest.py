@@ -1,0 +1,32 @@
+"""What the server's tests share: m3-tiny, and a way to run an asynchronous test on a service of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from openm3.model.model import Model, load
+from openm3.server.service import Service
+from tests.server.serving import serving
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    return load("m3-tiny")
+
+
+@pytest.fixture
+def play(model: Model) -> Callable[..., None]:
+    """Runs an asynchronous test with a service."""
+
+    def run(test: Callable[[Service], Coroutine[Any, Any, None]], **options: Any) -> None:
+        async def whole() -> None:
+            async with serving(model, **options) as service:
+                await asyncio.wait_for(test(service), 60)
+
+        asyncio.run(whole())
+
+    return run

@@ -1,7 +1,8 @@
 """A model that writes what a test tells it to: m3-tiny on the real engine behind the real server, each token forced.
 
 m3-tiny cannot code. What clients do with a model that can is shown on a stage: it reads each call as the model gets it,
-and says what the model writes, in the model's own grammar. All else is the server as it is.
+and says what the model writes, in the model's own grammar. All else is the server as it is: what a grammar would keep a
+model from writing fails here, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from openm3.config import EngineConfig
 from openm3.engine.asynchronous import AsyncEngine
+from openm3.engine.constraint import Constraint
 from openm3.engine.engine import Engine
 from openm3.model.model import Model
 from openm3.server.app import create_app
@@ -66,30 +68,58 @@ class Stage(logging.Handler):
         """Requests that failed."""
         return [line for line in self.requests if line["status"] >= 400]
 
-    def constraint(self, call: Call) -> Written:
-        """What `Service` asks for with each call."""
+    def written(self, call: Call, grammar: Constraint | None) -> Written:
+        """The constraint to write a reply by."""
         self.calls.append(call)
-        return Written(self.model.tokenizer.encode(self.author(call), special=True), self.model)
+        text = self.author(call)
+        return Written([*self.model.tokenizer.encode(text, special=True), self.model.tokenizer.eos_id], self, grammar)
+
+    def forbid(self, token: int) -> None:
+        """Note that a grammar does not allow what is to be written."""
+        self.requests.append(
+            {"message": f"the grammar forbids {self.model.tokenizer.decode([token])!r}", "status": 500}
+        )
 
 
 class Written:
-    """A constraint that leaves one token to choose at each place: a text's next one, at last the end."""
+    """A constraint that leaves one token to choose at each place, a text's next one, if the grammar allows it."""
 
-    finished = False
-
-    def __init__(self, ids: Sequence[int], model: Model) -> None:
-        self._ids = [*ids, model.tokenizer.eos_id]
+    def __init__(self, ids: Sequence[int], stage: Stage, grammar: Constraint | None) -> None:
+        self._ids = ids
         self._place = 0
-        self._size = model.config.vocab_size
+        self._stage = stage
+        self._grammar = grammar
 
     def mask(self) -> NDArray[np.bool_]:
-        allowed = np.zeros(self._size, dtype=np.bool_)
-        allowed[self._ids[self._place]] = True
+        allowed = np.zeros(self._stage.model.config.vocab_size, dtype=np.bool_)
+        token = self._ids[self._place]
+        grammar = None if self._grammar is None else self._grammar.mask()
+        if grammar is None or grammar[token]:
+            allowed[token] = True
+        else:
+            self._stage.forbid(token)
         return allowed
 
     def accept(self, token: int) -> None:
-        assert token == self._ids[self._place]
         self._place += 1
+        if self._grammar is not None:
+            self._grammar.accept(token)
+
+    @property
+    def finished(self) -> bool:
+        return self._grammar is not None and self._grammar.finished
+
+
+class _Service(Service):
+    """A service whose model is a stage."""
+
+    def __init__(self, stage: Stage, engine: AsyncEngine, settings: ServerSettings) -> None:
+        super().__init__(engine, stage.model, settings)
+        self._stage = stage
+
+    def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
+        ids, grammar = super()._prepared(call)
+        return ids, self._stage.written(call, grammar)
 
 
 @contextmanager
@@ -97,7 +127,7 @@ def serving(stage: Stage) -> Iterator[str]:
     """The server on loopback, in a thread; its address."""
     settings = ServerSettings(port=0, grace=1.0)
     engine = AsyncEngine(Engine(stage.model, EngineConfig(cache_tokens=CACHE_TOKENS, check=True)))
-    service = Service(engine, stage.model, settings, constraints=stage.constraint)
+    service = _Service(stage, engine, settings)
     listener = listening(settings)
     server = Server(create_app(service), service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

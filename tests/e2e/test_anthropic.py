@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import pytest
@@ -27,10 +27,11 @@ PLAIN: Any = {
 
 
 class Line(BaseModel):
-    """What a reply is read as."""
+    """What a reply is read as: nothing in it may be as long as a weak model likes."""
 
-    name: str
-    number: int
+    kind: Literal["class", "function"]
+    is_public: bool
+    number: Literal[1, 2, 3]
 
 
 @pytest.fixture(scope="module", params=["", "/anthropic"])
@@ -58,8 +59,8 @@ def test_a_message_is_what_the_model_says(client: anthropic.Anthropic, question:
     counted = client.messages.count_tokens(model="m3-tiny", messages=question.messages, thinking={"type": "disabled"})
     assert counted.input_tokens == len(question.ids)
     usage = client.messages.create(messages=question.messages, **PLAIN).usage
-    # All of the prompt's whole blocks but the last token's.
-    assert usage.cache_read_input_tokens == (len(question.ids) - 1) // 128 * 128
+    assert usage.cache_read_input_tokens is not None
+    assert len(question.ids) - 128 <= usage.cache_read_input_tokens < len(question.ids)
 
 
 def test_a_stream_says_the_same(client: anthropic.Anthropic, question: Question) -> None:
@@ -162,20 +163,18 @@ def test_the_clients_own_loop_runs_tools(stage: Stage, played: anthropic.Anthrop
 
 def test_a_reply_of_a_form(client: anthropic.Anthropic, question: Question) -> None:
     """m3-tiny has no idea of JSON: that there is some is the grammar's doing."""
-    pytest.importorskip("openm3.server.grammar", reason="this server does not constrain replies yet")
-    message = client.messages.parse(messages=question.messages, output_format=Line, **PLAIN | {"max_tokens": 400})
+    message = client.messages.parse(messages=question.messages, output_format=Line, **PLAIN | {"max_tokens": 100})
     assert message.stop_reason == "end_turn"
     assert isinstance(message.parsed_output, Line)
 
 
 def test_a_call_that_must_be(client: anthropic.Anthropic, question: Question) -> None:
-    pytest.importorskip("openm3.server.grammar", reason="this server does not constrain replies yet")
     schema = {"type": "object", "properties": {"path": {"enum": ["a.py", "b.py"]}}, "required": ["path"]}
     message = client.messages.create(
         messages=question.messages,
         tools=[{"name": "read", "input_schema": schema}],
         tool_choice={"type": "tool", "name": "read", "disable_parallel_tool_use": True},
-        **PLAIN | {"max_tokens": 400},
+        **PLAIN | {"max_tokens": 100},
     )
     assert message.stop_reason == "tool_use"
     (call,) = message.content

@@ -136,7 +136,7 @@ def test_a_reply_in_a_given_form(stage: Stage, codex: Codex) -> None:
         "additionalProperties": False,
     }
     (codex.folder / "schema.json").write_text(json.dumps(schema))
-    stage.play('{"bird": "heron", "number": 4711}')
+    stage.play('</mm:think>{"bird": "heron", "number": 4711}')
     code, printed = codex.ask("--output-schema", "schema.json", "Which bird?")
     assert code == 0
     assert json.loads(items(printed, "agent_message")[-1]["text"]) == {"bird": "heron", "number": 4711}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from openm3.model.model import Model
 from openm3.tokens import render_tool_call
@@ -30,11 +30,19 @@ class Weather(BaseModel):
     unit: Literal["celsius", "kelvin"]
 
 
-class Line(BaseModel):
-    """What a reply is read as."""
+class Open(BaseModel):
+    """Open a file."""
 
-    name: str
-    number: int
+    path: Literal["a.py", "b.py"]
+    line: Annotated[int, Field(ge=1, le=99)]
+
+
+class Line(BaseModel):
+    """What a reply is read as: nothing in it may be as long as a weak model likes."""
+
+    kind: Literal["class", "function"]
+    is_public: bool
+    number: Annotated[int, Field(ge=1, le=99)]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +65,8 @@ def test_a_chat_is_what_the_model_says(client: openai.OpenAI, question: Question
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(question.ids), len(question.reply))
     again = client.chat.completions.create(model="m3-tiny", messages=question.messages, **PLAIN)
     assert again.usage is not None and again.usage.prompt_tokens_details is not None
-    # All of the prompt's whole blocks but the last token's.
-    assert again.usage.prompt_tokens_details.cached_tokens == (len(question.ids) - 1) // 128 * 128
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None and len(question.ids) - 128 <= cached < len(question.ids)
 
 
 def test_a_stream_says_the_same(client: openai.OpenAI, question: Question) -> None:
@@ -201,8 +209,7 @@ def test_tools_in_responses(stage: Stage, played: openai.OpenAI) -> None:
 
 def test_a_reply_of_a_form(client: openai.OpenAI, question: Question) -> None:
     """m3-tiny has no idea of JSON: that there is some is the grammar's doing."""
-    pytest.importorskip("openm3.server.grammar", reason="this server does not constrain replies yet")
-    asked: Any = {"model": "m3-tiny", "messages": question.messages, "max_tokens": 400} | PLAIN
+    asked: Any = {"model": "m3-tiny", "messages": question.messages, "max_tokens": 100} | PLAIN
     parsed = client.chat.completions.parse(response_format=Line, **asked).choices[0]
     assert parsed.finish_reason == "stop"
     assert isinstance(parsed.message.parsed, Line)
@@ -214,22 +221,21 @@ def test_a_reply_of_a_form(client: openai.OpenAI, question: Question) -> None:
         text_format=Line,
         temperature=0,
         reasoning={"effort": "none"},
-        max_output_tokens=400,
+        max_output_tokens=100,
     )
     assert reply.output_parsed == parsed.message.parsed
 
 
 def test_a_call_that_must_be(client: openai.OpenAI, question: Question) -> None:
-    pytest.importorskip("openm3.server.grammar", reason="this server does not constrain replies yet")
     reply = client.chat.completions.parse(
         model="m3-tiny",
         messages=question.messages,
-        tools=[openai.pydantic_function_tool(Weather)],
+        tools=[openai.pydantic_function_tool(Open)],
         tool_choice="required",
         parallel_tool_calls=False,
-        max_tokens=400,
+        max_tokens=100,
         **PLAIN,
     )
     assert reply.choices[0].finish_reason == "tool_calls"
     (call,) = reply.choices[0].message.tool_calls or ()
-    assert isinstance(call.function.parsed_arguments, Weather)
+    assert isinstance(call.function.parsed_arguments, Open)

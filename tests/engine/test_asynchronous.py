@@ -200,10 +200,10 @@ def test_who_comes_while_a_step_fails_is_told_too(model: Model, monkeypatch: pyt
 
 
 def test_deltas_join() -> None:
-    assert joined(Delta([1], "a"), Delta([2], "b", "stop")) == Delta([1, 2], "ab", "stop")
+    assert joined([Delta([1], "a"), Delta([2], "b", "stop")]) == Delta([1, 2], "ab", "stop")
     scored, plain = [Logprob(7, -1.0)], [Logprob(1, -0.5)]
     blocks = [np.full((2, 1, 4), i, dtype=np.int32) for i in range(3)]
     first = Delta([1], "a", logprobs=plain, blocks=blocks[:1], prompt_logprobs=scored)
-    both = joined(first, Delta([2, 3], "b", blocks=blocks[1:]))
+    both = joined([first, Delta([2, 3], "b", blocks=blocks[1:])])
     assert (both.ids, both.logprobs, both.prompt_logprobs) == ([1, 2, 3], plain, scored)
     assert both.blocks is not None and [int(block[0, 0, 0]) for block in both.blocks] == [0, 1, 2]

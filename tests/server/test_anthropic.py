@@ -386,6 +386,17 @@ def test_values_that_are_no_json(inside: str) -> None:
     assert response.status_code == (200 if inside.startswith("[") else 400)
 
 
+def test_threads_are_refused_in_words_that_anthropics_client_acts_on() -> None:
+    """Passed over, a conversation would go on without all that was said before."""
+    service = reply()
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        response = post(service, thread=thread)
+        assert (response.status_code, service.calls) == (400, [])
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        assert response.json()["error"]["details"] == details
+    assert "details" not in post(service, max_tokens=0).json()["error"]
+
+
 def test_counting_needs_no_length() -> None:
     service = reply()
     client = TestClient(app_of(routes(service)))

@@ -295,6 +295,21 @@ def test_a_call_that_must_come_comes(play: Play, choice: str) -> None:
     play(test)
 
 
+def test_a_schema_that_nothing_fits_is_the_clients_fault(play: Play) -> None:
+    """Too many properties for the grammar's limits: found out in the middle of the reply, and the engine goes on."""
+    names = [f"property_{i}" for i in range(4000)]
+    schema = {"type": "object", "properties": {name: {"type": "integer"} for name in names}}
+
+    async def test(service: Service) -> None:
+        with pytest.raises(RequestError, match=r"make them simpler|cannot be made a grammar") as refused:
+            await all_of(service, replace(ASK, schema=schema))
+        assert refused.value.status == 400
+        *_, last = await all_of(service, ASK)
+        assert isinstance(last, Finished) and last.reason == "stop"
+
+    play(test)
+
+
 def test_a_schema_and_a_budget_are_kept(play: Play) -> None:
     schema = {
         "type": "object",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from openm3.errors import PromptError
@@ -255,6 +255,8 @@ def test_any_mix_of_tags_routes_the_same_however_cut(fragments: list[str], think
 @given(st.lists(st.text()), st.sampled_from(THINKING))
 def test_any_text_without_tags_is_kept(parts: list[str], thinking: str) -> None:
     text = "".join(parts)
+    # Strings of this module are among those that are tried.
+    assume("mm:think>" not in text and "]<]minimax[>[" not in text)
     kind = Thinking if thinking == "enabled" else Content
     assert route(parts, thinking, tools=None) == ([kind(text)] if text else [])
 

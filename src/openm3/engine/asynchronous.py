@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
@@ -29,6 +30,7 @@ class AsyncEngine:
         self.engine = engine
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._replies: dict[int, Reply] = {}
+        self._bells: dict[asyncio.AbstractEventLoop, _Bell] = {}
         self._failure: BaseException | None = None
         self._closed = False
         # Once the thread has ended nobody would carry out a call: none is put then.
@@ -52,9 +54,10 @@ class AsyncEngine:
     ) -> Reply:
         """Let a request in; its reply, to be closed by whoever may stop listening early. Raises as `Engine.add` does.
 
-        Deltas come `pace` seconds apart or more, the first and the last at once: the listener's loop has less to do.
+        The first delta and the last come at once, others `pace` seconds apart or more, those of all replies of one loop
+        and pace at the same moments: the listeners' loop has less to do, and holds up the engine's thread less often.
         """
-        reply = Reply(asyncio.get_running_loop(), pace, self._leave)
+        reply = Reply(self._bell(), pace, self._leave)
         try:
             await self._call(lambda: self._add(prompt, params, constraint, reply))
         except BaseException:
@@ -124,15 +127,16 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._answer_calls():
-                for number, delta in self.engine.step().items():
-                    self._tell(number, delta)
+                self._tell(self.engine.step())
         except BaseException as error:
             self._failure = error
         with self._gate:
             self._ended = True
         for number in list(self._replies):
             last = None if self._failure is not None else self.engine.abort(number)
-            self._replies.pop(number).put(self._refusal() if last is None else last)
+            reply = self._replies.pop(number)
+            reply.put(self._refusal() if last is None else last)
+            reply.bell.ring([reply])
         while not self._calls.empty():
             if (call := self._calls.get()) is not None:
                 call()
@@ -162,26 +166,41 @@ class AsyncEngine:
 
         self._calls.put(leave)
 
-    def _tell(self, number: int, delta: Delta) -> None:
-        reply = self._replies.get(number)
-        if reply is not None:
+    def _tell(self, deltas: Mapping[int, Delta]) -> None:
+        """Have listeners hear what a step wrote."""
+        news: dict[_Bell, list[Reply]] = {}
+        for number, delta in deltas.items():
+            reply = self._replies.get(number)
+            if reply is None:
+                continue
             reply.put(delta)
+            news.setdefault(reply.bell, []).append(reply)
             if delta.completion is not None:
                 del self._replies[number]
+        for bell, replies in news.items():
+            bell.ring(replies)
+
+    def _bell(self) -> _Bell:
+        loop = asyncio.get_running_loop()
+        if loop not in self._bells:
+            self._bells = {other: bell for other, bell in self._bells.items() if not other.is_closed()}
+            self._bells[loop] = _Bell(loop)
+        return self._bells[loop]
 
 
 class Reply:
     """A reply as one listener hears it: an iterator of deltas. What it has not heard yet waits in one piece."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, pace: float, leave: Callable[[Reply], None]) -> None:
+    def __init__(self, bell: _Bell, pace: float, leave: Callable[[Reply], None]) -> None:
         self.number = 0
-        self._loop = loop
-        self._pace = pace
+        self.bell = bell
+        self.pace = pace
+        self.is_urgent = True
         self._leave = leave
-        self._heard_at = -math.inf
-        self._pending: Delta | Exception | None = None
-        self._lock = threading.Lock()
+        self._is_new = True
         self._arrived = asyncio.Event()
+        # The engine's thread adds at one end, the listener takes from the other.
+        self._pending: deque[Delta | Exception] = deque()
         self._ended = False
 
     def __aiter__(self) -> Self:
@@ -191,15 +210,16 @@ class Reply:
         if self._ended:
             raise StopAsyncIteration
         await self._arrived.wait()
-        with self._lock:
-            item, self._pending = self._pending, None
-            self._arrived.clear()
-        self._heard_at = self._loop.time()
-        self._ended = not isinstance(item, Delta) or item.completion is not None
-        if isinstance(item, Exception):
-            raise item
-        assert item is not None
-        return item
+        self._arrived.clear()
+        deltas: list[Delta] = []
+        while self._pending:
+            item = self._pending.popleft()
+            if isinstance(item, Exception):
+                self._ended = True
+                raise item
+            deltas.append(item)
+        self._ended = deltas[-1].completion is not None
+        return joined(deltas)
 
     def close(self) -> None:
         """Stop listening: a request that has not ended ends within one step."""
@@ -207,40 +227,73 @@ class Reply:
         self._leave(self)
 
     def put(self, item: Delta | Exception) -> None:
-        """Called by the engine's thread."""
-        with self._lock:
-            before = self._pending
-            joins = isinstance(before, Delta) and isinstance(item, Delta)
-            self._pending = joined(before, item) if joins else item  # type: ignore[arg-type]
+        """Called by the engine's thread, which rings the bell afterwards."""
+        self._pending.append(item)
         is_last = not isinstance(item, Delta) or item.completion is not None
-        if before is None or is_last:
-            # The listener's loop may be gone: then nobody listens any more.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._wake, is_last)
+        self.is_urgent = self._is_new or is_last or not self.pace
+        self._is_new = False
 
-    def _wake(self, is_last: bool) -> None:
-        early = self._heard_at + self._pace - self._loop.time()
-        if is_last or early <= 0:
+    def wake(self) -> None:
+        """Called by the listener's loop: what is new may be heard."""
+        if self._pending:
             self._arrived.set()
-        else:
-            self._loop.call_later(early, self._arrived.set)
 
 
-def joined(a: Delta, b: Delta) -> Delta:
-    """Two deltas of a reply as one."""
-    return Delta(
-        a.ids + b.ids,
-        a.text + b.text,
-        b.finish_reason,
-        b.completion,
-        _added(a.logprobs, b.logprobs),
-        _added(a.blocks, b.blocks),
-        _added(a.prompt_logprobs, b.prompt_logprobs),
+class _Bell:
+    """Wakes the listeners of one loop: once for all that is new in a step, or in as long as their pace allows."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._waiting: dict[float, dict[Reply, None]] = {}
+
+    def ring(self, replies: Iterable[Reply]) -> None:
+        """Called by the engine's thread: there is something new for these."""
+        urgent, begun = [], []
+        with self._lock:
+            for reply in replies:
+                if reply.is_urgent:
+                    urgent.append(reply)
+                    continue
+                if reply.pace not in self._waiting:
+                    self._waiting[reply.pace] = {}
+                    begun.append(reply.pace)
+                self._waiting[reply.pace][reply] = None
+        if urgent or begun:
+            # The loop may be gone: then nobody listens any more.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._rung, urgent, begun)
+
+    def _rung(self, urgent: Iterable[Reply], begun: Iterable[float]) -> None:
+        for reply in urgent:
+            reply.wake()
+        for pace in begun:
+            self._loop.call_later(pace, self._tell_waiting, pace)
+
+    def _tell_waiting(self, pace: float) -> None:
+        with self._lock:
+            waiting = self._waiting.pop(pace)
+        for reply in waiting:
+            reply.wake()
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Deltas of a reply that follow each other as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return replace(
+        deltas[-1],
+        ids=[token for delta in deltas for token in delta.ids],
+        text="".join(delta.text for delta in deltas),
+        logprobs=_chained([delta.logprobs for delta in deltas]),
+        blocks=_chained([delta.blocks for delta in deltas]),
+        prompt_logprobs=_chained([delta.prompt_logprobs for delta in deltas]),
     )
 
 
 _Item = TypeVar("_Item")
 
 
-def _added(a: list[_Item] | None, b: list[_Item] | None) -> list[_Item] | None:
-    return None if a is None and b is None else [*(a or ()), *(b or ())]
+def _chained(lists: Sequence[list[_Item] | None]) -> list[_Item] | None:
+    given = [items for items in lists if items is not None]
+    return [item for items in given for item in items] if given else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from time import perf_counter, sleep
@@ -63,7 +63,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Served:
-    """What a workload's requests met: seconds, and the engine's own numbers over the run."""
+    """What a workload's requests met: seconds, and the engine's own numbers over the run where they are known."""
 
     workload: str
     seconds: float
@@ -72,8 +72,8 @@ class Served:
     prompt_tokens: int
     cached_tokens: int
     written_tokens: int
-    host_share: float
-    preemptions: float
+    host_share: float | None = None
+    preemptions: float | None = None
 
     def percentiles(self) -> dict[str, float]:
         """Seconds to the first token and between tokens, for half, 95% and 99% of them."""
@@ -84,7 +84,7 @@ class Served:
             for percent in (50, 95, 99)
         }
 
-    def values(self) -> dict[str, float | str]:
+    def values(self) -> dict[str, float | str | None]:
         """All of it by name, as --json prints it."""
         return {
             "workload": self.workload,
@@ -193,15 +193,19 @@ def play(
                 on_reply()
                 for more in arrival.then(delta.completion, perf_counter() - begin):
                     heapq.heappush(coming, (more.at, next(order), more))
-    stats = engine.stats()
+    seconds, stats = perf_counter() - begin, engine.stats()
+    host_share = 1 - stats["seconds_running"] / stats["seconds"]
+    return replace(summed(name, seconds, replies), host_share=host_share, preemptions=stats["preemptions"])
+
+
+def summed(name: str, seconds: float, replies: Sequence[Completion]) -> Served:
+    """What some replies met, of whatever wrote them."""
     return Served(
         name,
-        perf_counter() - begin,
+        seconds,
         [reply.timings.first_token for reply in replies],
         [seconds for reply in replies for seconds in reply.timings.between],
         sum(reply.usage.prompt_tokens for reply in replies),
         sum(reply.usage.cached_tokens for reply in replies),
         sum(reply.usage.completion_tokens for reply in replies),
-        1 - stats["seconds_running"] / stats["seconds"],
-        stats["preemptions"],
     )

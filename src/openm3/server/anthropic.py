@@ -49,6 +49,8 @@ _MEDIA = ("image", "video", "document")
 # What earlier turns with another server's own tools or caches leave in a conversation: nothing that a model reads.
 _PASSED_OVER = ("redacted_thinking", "server_tool_use", "mcp_tool_use", "container_upload", "compaction")
 _STOP_REASONS = {"tool_calls": "tool_use", "length": "max_tokens", "timeout": "max_tokens"}
+# Anthropic's client then sends all messages by itself, where it would go on with the last one alone.
+_NO_THREAD = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 # Claude Code puts it before its prompt, with a part that changes from call to call: no prefix would ever be reused.
 _BILLING = "x-anthropic-billing-header:"
 
@@ -59,6 +61,10 @@ def routes(service: Serves) -> APIRouter:
 
     async def messages(body: MessagesRequest, request: Request) -> Response:
         model = service.check_model(body.model)
+        if body.thread is not None:
+            raise RequestError(
+                "nothing is kept here: send all messages, and no thread", param="thread", details=_NO_THREAD
+            )
         params = sampling(
             service,
             body.max_tokens,

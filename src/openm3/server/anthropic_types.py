@@ -132,7 +132,7 @@ class CountRequest(Open):
 
 
 class MessagesRequest(CountRequest):
-    """A conversation and how its next message is to be written."""
+    """A conversation and how its next message is to be written. A `thread`, of which only the end comes, is refused."""
 
     max_tokens: int = Field(ge=1)
     stream: bool | None = None
@@ -140,6 +140,7 @@ class MessagesRequest(CountRequest):
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
     stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
+    thread: dict[str, Any] | None = None
 
 
 ToolResultBlock.model_rebuild()

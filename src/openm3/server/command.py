@@ -33,7 +33,7 @@ LAST_SECONDS = 5
 """After its grace, how long a server waits for errors and last packets to leave."""
 
 SILENT_SECONDS = 30.0
-"""How long a connection may say nothing, or not end its headers, before a first request."""
+"""How long a connection may say nothing, or not end a request's headers."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
-        self._silent: dict[object, float] = {}
+        self._silent: dict[object, tuple[object, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say where."""
@@ -90,11 +90,16 @@ class Server(uvicorn.Server):
         """Also hang up on who connects and does not ask."""
         if counter % 10 == 0:
             now = asyncio.get_running_loop().time()
-            mute = [c for c in self.server_state.connections if getattr(c, "cycle", None) is None]
-            self._silent = {connection: self._silent.get(connection, now) for connection in mute}
-            for connection in mute:
-                if now - self._silent[connection] > SILENT_SECONDS:
+            silent: dict[object, tuple[object, float]] = {}
+            for connection in list(self.server_state.connections):
+                last = getattr(connection, "cycle", None)
+                if last is not None and not last.response_complete:
+                    continue
+                before, since = self._silent.get(connection, (last, now))
+                silent[connection] = (last, since) if before is last else (last, now)
+                if now - silent[connection][1] > SILENT_SECONDS:
                     connection.transport.close()
+            self._silent = silent
         return await super().on_tick(counter)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from openm3.errors import BusyError, EngineError, OpenM3Error
@@ -20,14 +21,26 @@ _MINIMAX_CODES = {400: 2013, 401: 1004, 404: 2013, 408: 1001, 413: 2013, 429: 10
 
 
 class RequestError(OpenM3Error):
-    """A request that is refused, with the HTTP status, and the field that is wrong if one is."""
+    """A request that is refused, with the HTTP status, and the field that is wrong if one is.
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    `details` are for Anthropic's clients, which act on some of them.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.param = param
         self.code = code
+        self.details = details
 
 
 def refusal(error: Exception) -> RequestError:
@@ -47,7 +60,8 @@ def error_body(error: RequestError, path: str, request_id: str) -> dict[str, Any
     """The body for a path: Anthropic's shape under its paths, elsewhere OpenAI's with MiniMax's fields beside it."""
     if is_anthropic(path):
         kind = _ANTHROPIC.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+        said = {"type": kind, "message": error.message} | ({"details": dict(error.details)} if error.details else {})
+        return {"type": "error", "error": said, "request_id": request_id}
     code = _MINIMAX_CODES.get(error.status, 1000 if error.status >= 500 else 2013)
     detail = {
         "message": f"{error.message} ({code})",

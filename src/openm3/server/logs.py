@@ -20,8 +20,12 @@ _log = logging.getLogger("openm3.server")
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
-# Whoever sends a body byte by byte would go on doing so after the answer.
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "1"}}
+# A wrong key stays wrong, but Claude Code would try it ten times. Who sends a body byte by byte would go on doing so.
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer", "x-should-retry": "false"},
+    408: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+}
 
 _tokens: ContextVar[dict[str, int] | None] = ContextVar("tokens", default=None)
 """What the request that is being answered has cost so far: it reaches into all of the request's tasks."""

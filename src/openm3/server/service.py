@@ -144,6 +144,8 @@ class Service:
                 count_tokens(completion=written.add(delta))
                 if self._closing and delta.finish_reason == "abort":
                     raise _stopping()
+                if constraint is not None and delta.finish_reason == "error":
+                    raise RequestError("no token goes on with this reply as the schema or tools ask: make them simpler")
                 for event in told.take(delta):
                     if isinstance(event, Finished) and delta.completion is not None and call.evidence:
                         attention = delta.completion.attention if told.answers else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from openm3.server.calls import Event, Started
 from openm3.server.errors import RequestError
@@ -22,19 +23,58 @@ COMMENT = ": ping\n\n"
 
 Item = TypeVar("Item")
 
+_written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def packet(data: Any, event: str | None = None) -> str:
     """One server-sent event; `data` is written as JSON, text as it is."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = data if isinstance(data, str) else _written(data)
     return f"event: {event}\ndata: {text}\n\n" if event else f"data: {text}\n\n"
 
 
 def event_stream(packets: AsyncIterator[str], ping: str = COMMENT, every: float | None = None) -> StreamingResponse:
     """A response of packets as they come. When the client goes away, the iterator is closed."""
-    chunks = _with_pings(packets, ping, PING_SECONDS if every is None else every)
-    return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
+    return _EventStream(packets, ping, PING_SECONDS if every is None else every)
+
+
+class _EventStream(StreamingResponse):
+    """Signs of life have a task of their own: one that waits for every packet would cost more than the packet."""
+
+    def __init__(self, packets: AsyncIterator[str], ping: str, every: float) -> None:
+        super().__init__(packets, media_type="text/event-stream", headers=_HEADERS)
+        self._packets = packets
+        self._ping = ping
+        self._every = every
+        self._sent_at = asyncio.get_running_loop().time()
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all of it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pings = asyncio.ensure_future(self._pings(send))
+        try:
+            async for item in self._packets:
+                await self._send(send, item)
+        finally:
+            pings.cancel()
+            if isinstance(self._packets, AsyncGenerator):
+                # Whoever is cut off while sending has left it unfinished.
+                await self._packets.aclose()
+        await asyncio.gather(pings, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pings(self, send: Send) -> None:
+        while True:
+            silence = asyncio.get_running_loop().time() - self._sent_at
+            if silence >= self._every:
+                await self._send(send, self._ping)
+            else:
+                await asyncio.sleep(self._every - silence)
+
+    async def _send(self, send: Send, item: str) -> None:
+        self._sent_at = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": item.encode(), "more_body": True})
 
 
 async def opened(events: AsyncIterator[Event]) -> tuple[Started, AsyncIterator[Event]]:
@@ -67,27 +107,3 @@ async def _collected(events: AsyncIterator[Item]) -> list[Item]:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _with_pings(packets: AsyncIterator[str], ping: str, every: float) -> AsyncIterator[str]:
-    coming: asyncio.Future[str] | None = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(packets))
-            done, _ = await asyncio.wait({coming}, timeout=every)
-            if not done:
-                yield ping
-                continue
-            try:
-                item = coming.result()
-            except StopAsyncIteration:
-                return
-            coming = None
-            yield item
-    finally:
-        if coming is not None:
-            coming.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception, StopAsyncIteration):
-                await coming
-        if hasattr(packets, "aclose"):
-            await packets.aclose()

@@ -1,7 +1,7 @@
 // The X-ray's picture: rows are layers and groups, columns are blocks. Drawn as pixels, for 60 frames a second.
 //
-// What all tokens read is drawn once a view, as the ground; a frame puts the ground back where the last token's marks
-// were, draws the new ones, and copies the rows of pixels that changed.
+// What all tokens read is drawn once a view, as the ground. A frame puts the ground back where the last token's marks
+// were and draws the new ones: a few thousand pixels, however long the context is.
 
 const MOST_SCALE = 64;
 const LEAST_MARK = 2;
@@ -30,6 +30,7 @@ export class BlockMap {
 
   show(recording) {
     this.recording = recording;
+    this.#shown = { length: recording.length, numBlocks: recording.numBlocks };
     this.fit();
   }
 
@@ -42,6 +43,7 @@ export class BlockMap {
     this.#image = this.#context.createImageData(this.canvas.width, this.canvas.height);
     this.#frame = new Uint32Array(this.#image.data.buffer);
     this.#ground = new Uint32Array(this.#frame.length);
+    this.scale = Math.max(this.scale, this.#leastScale());
     if (whole) this.fit();
     else this.move(this.first);
   }
@@ -101,8 +103,7 @@ export class BlockMap {
     const { recording } = this;
     if (!recording?.length || !this.#frame) return;
     this.#follow();
-    const whole = this.#stale;
-    if (whole) this.#drawGround();
+    if (this.#stale) this.#drawGround();
     else this.#restore();
     const token = recording.token(index);
     const before = index > 0 ? recording.token(index - 1) : null;

@@ -19,6 +19,7 @@ export class Xray {
   #reader = new Reader();
   #context = null;
   #index = 0;
+  #pointed = null;
   #row = 0;
   #block = 0;
   #frame = 0;
@@ -73,6 +74,7 @@ export class Xray {
     this.#recording = recording;
     this.#context = null;
     this.#numRows = 0;
+    this.#point(null);
     this.#reader.use(recording);
     this.#map.show(recording);
     $("xray").hidden = false;
@@ -211,6 +213,7 @@ export class Xray {
     this.#numBlocks = recording.numBlocks;
     drawSpark($("spark"), this.#map.ratio, recording.overlaps, this.#index);
     this.#describe();
+    this.#tell();
     this.#mark();
   }
 
@@ -219,9 +222,10 @@ export class Xray {
     const read = recording.token(this.#index).ids.length / Math.max(1, recording.rows.length);
     const share = read / recording.numBlocks;
     const percent = share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toPrecision(2);
+    const dense = recording.dense.length > 1 ? "dense: layers" : "dense: layer";
     $("xray-sum").textContent =
       `${round(read)} of ${number.format(recording.numBlocks)} blocks a row (${percent} %)` +
-      (recording.dense.length ? ` · dense: layer ${ranges(recording.dense)}` : "");
+      (recording.dense.length ? ` · ${dense} ${ranges(recording.dense)}` : "");
     const slider = $("token");
     slider.max = this.#last;
     slider.value = this.#index;
@@ -331,13 +335,19 @@ export class Xray {
   }
 
   #point(found) {
+    this.#pointed = found;
+    if (found) [this.#row, this.#block] = [found.row, found.block];
+    this.#tell();
+  }
+
+  // What is pointed at: it changes with the token, and its place with the view.
+  #tell() {
+    const found = this.#pointed;
     $("line").hidden = !found;
     if (!found) {
       $("hover").textContent = "";
       return;
     }
-    this.#row = found.row;
-    this.#block = found.block;
     const { layer, group } = this.#recording.rows[found.row];
     const times = this.#recording.count(found.row, found.block);
     $("hover").textContent =

@@ -1,0 +1,116 @@
+"""A model that writes what a test tells it to: m3-tiny on the real engine behind the real server, each token forced.
+
+m3-tiny cannot code. What clients do with a model that can is shown on a stage: it reads each call as the model gets it,
+and says what the model writes, in the model's own grammar. All else is the server as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openm3.config import EngineConfig
+from openm3.engine.asynchronous import AsyncEngine
+from openm3.engine.engine import Engine
+from openm3.model.model import Model
+from openm3.server.app import create_app
+from openm3.server.calls import Call
+from openm3.server.command import Server, listening
+from openm3.server.service import Service
+from openm3.server.settings import ServerSettings
+
+CACHE_TOKENS = 120_000
+"""Room for two coding agents' conversations."""
+
+Author = Callable[[Call], str]
+"""What the model writes to a call: text with control tokens (`<mm:think>`, calls by `render_tool_call`)."""
+
+
+class Stage(logging.Handler):
+    """Who writes, the calls so far, and the server's line for each request."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.author: Author = lambda call: "Hello."
+        self.calls: list[Call] = []
+        self.requests: list[dict[str, Any]] = []
+
+    def play(self, *texts: str | Author) -> None:
+        """Write these, one to each call, and fail at a call too many."""
+        coming = iter(texts)
+
+        def author(call: Call) -> str:
+            text = next(coming)
+            return text if isinstance(text, str) else text(call)
+
+        self.author = author
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take what the server logs."""
+        self.requests.append(getattr(record, "fields", {"message": record.getMessage(), "status": 500}))
+
+    @property
+    def refused(self) -> list[dict[str, Any]]:
+        """Requests that failed."""
+        return [line for line in self.requests if line["status"] >= 400]
+
+    def constraint(self, call: Call) -> Written:
+        """What `Service` asks for with each call."""
+        self.calls.append(call)
+        return Written(self.model.tokenizer.encode(self.author(call), special=True), self.model)
+
+
+class Written:
+    """A constraint that leaves one token to choose at each place: a text's next one, at last the end."""
+
+    finished = False
+
+    def __init__(self, ids: Sequence[int], model: Model) -> None:
+        self._ids = [*ids, model.tokenizer.eos_id]
+        self._place = 0
+        self._size = model.config.vocab_size
+
+    def mask(self) -> NDArray[np.bool_]:
+        allowed = np.zeros(self._size, dtype=np.bool_)
+        allowed[self._ids[self._place]] = True
+        return allowed
+
+    def accept(self, token: int) -> None:
+        assert token == self._ids[self._place]
+        self._place += 1
+
+
+@contextmanager
+def serving(stage: Stage) -> Iterator[str]:
+    """The server on loopback, in a thread; its address."""
+    settings = ServerSettings(port=0, grace=1.0)
+    engine = AsyncEngine(Engine(stage.model, EngineConfig(cache_tokens=CACHE_TOKENS, check=True)))
+    service = Service(engine, stage.model, settings, constraints=stage.constraint)
+    listener = listening(settings)
+    server = Server(create_app(service), service)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    log = logging.getLogger("openm3.server")
+    log.addHandler(stage)
+    log.setLevel(logging.INFO)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        log.removeHandler(stage)
+        log.setLevel(logging.NOTSET)

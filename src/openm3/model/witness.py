@@ -47,7 +47,7 @@ class Witness:
 
     @property
     def mass_S(self) -> Tensor:
-        """The squared attention paid to each of the context's first `length` tokens, averaged over heads, of all layers."""
+        """The squared attention paid to each of the first `length` tokens: averaged over heads, summed over layers."""
         return self._mass_S1[:-1]
 
     @property

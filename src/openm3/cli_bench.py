@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from openm3.cli_options import Commands, add_json, add_model, add_precision, add_threads, command, positive, rate
 
 
@@ -10,10 +12,11 @@ def add_bench(commands: Commands) -> None:
     parser = command(
         commands,
         "bench",
-        "measure operators, a model or the engine on this machine",
+        "measure operators, a model, the engine or the server on this machine",
         "openm3 bench ops --quick",
         "openm3 bench model --json",
         "openm3 bench engine --workload chat",
+        "openm3 bench serve --workload chat",
     )
     subjects = parser.add_subparsers(
         dest="subject", metavar="SUBJECT", title="subjects", required=True, help="what to measure"
@@ -21,6 +24,7 @@ def add_bench(commands: Commands) -> None:
     _add_bench_ops(subjects)
     _add_bench_model(subjects)
     _add_bench_engine(subjects)
+    _add_bench_serve(subjects)
 
 
 def _add_bench_ops(subjects: Commands) -> None:
@@ -93,6 +97,52 @@ def _add_bench_engine(subjects: Commands) -> None:
         "openm3 bench engine",
         "openm3 bench engine --workload chat shared-8k --rate 8 --json",
     )
+    _add_workloads(parser)
+    parser.add_argument(
+        "--draft-tokens", metavar="N", type=int, default=8, help="tokens proposed ahead from the text (default: 8)"
+    )
+    add_model(parser)
+    add_precision(parser)
+    add_threads(parser)
+    add_json(parser)
+
+
+def _add_bench_serve(subjects: Commands) -> None:
+    parser = command(
+        subjects,
+        "serve",
+        "serve the same loads over HTTP and by the engine alone, in turns: what HTTP takes of its throughput",
+        "openm3 bench serve",
+        "openm3 bench serve --workload chat --rate 8 --json",
+        "openm3 bench serve --url http://127.0.0.1:8000",
+    )
+    _add_workloads(parser)
+    parser.add_argument(
+        "--batch", metavar="N", type=positive, default=16, help="replies at a time in the comparison (default: 16)"
+    )
+    parser.add_argument(
+        "--written", metavar="N", type=positive, default=256, help="tokens of each of these replies (default: 256)"
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=positive,
+        default=5,
+        help="turns of the comparison, whose median counts (default: 5)",
+    )
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help="load the server there with the workloads alone, with the first key of OPENM3_API_KEYS if it wants one; "
+        "--model says whose tokens to send",
+    )
+    add_model(parser)
+    add_precision(parser)
+    add_threads(parser)
+    add_json(parser)
+
+
+def _add_workloads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workload",
         metavar="NAME",
@@ -101,11 +151,4 @@ def _add_bench_engine(subjects: Commands) -> None:
     )
     parser.add_argument("--requests", metavar="N", type=positive, help="requests of each (default: its own number)")
     parser.add_argument("--rate", metavar="R", type=rate, help="requests a second (default: the workload's own rate)")
-    parser.add_argument(
-        "--draft-tokens", metavar="N", type=int, default=8, help="tokens proposed ahead from the text (default: 8)"
-    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of prompts and arrivals (default: 0)")
-    add_model(parser)
-    add_precision(parser)
-    add_threads(parser)
-    add_json(parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,22 @@ def client(model: Model) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def asked(
+def ask(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> dict[str, Any]:
+) -> Callable[..., dict[str, Any]]:
     """What `openm3 ask --json` prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "load", lambda *_, **__: model)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     files = [word for name in FILES for word in ("--file", name)]
-    assert cli.main(["ask", QUESTION, "--json", "--max-new-tokens", "24", *files]) == 0
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return report
+
+    def run(*words: str) -> dict[str, Any]:
+        assert cli.main(["ask", QUESTION, "--json", "--max-new-tokens", "24", *files, *words]) == 0
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return report
+
+    return run
 
 
 def body(content: object = QUESTION, **more: Any) -> dict[str, Any]:
@@ -82,22 +86,38 @@ FORMS = {
 }
 
 
+def same_evidence(found: dict[str, Any], asked: dict[str, Any]) -> bool:
+    quoted = [(one["source"], *one["lines"], one["text"]) for one in found["evidence"]]
+    expected = [(one["file"], one["first_line"], one["last_line"], one["text"]) for one in asked["evidence"]]
+    shares = pytest.approx([one["share"] for one in asked["evidence"]], rel=1e-4)
+    return quoted == expected and [one["share"] for one in found["evidence"]] == shares
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_as_on_the_command_line(client: TestClient, asked: dict[str, Any], form: str) -> None:
-    message = post(client, FORMS[form])
+def test_the_same_as_on_the_command_line(client: TestClient, ask: Callable[..., dict[str, Any]], form: str) -> None:
+    asked, message = ask(), post(client, FORMS[form])
     found = message["openm3"]
     assert message["content"] == asked["answer"] == "The line that defines wade is def wade(self, depth):"
-    quoted = [(one["source"], *one["lines"], one["text"]) for one in found["evidence"]]
-    assert quoted == [(one["file"], one["first_line"], one["last_line"], one["text"]) for one in asked["evidence"]]
-    assert ("birds.py", 7, 7) in {place[:3] for place in quoted[:1]}
-    shares = [one["share"] for one in found["evidence"]]
-    assert shares == pytest.approx([one["share"] for one in asked["evidence"]], rel=1e-4)
+    assert same_evidence(found, asked)
+    assert (found["evidence"][0]["source"], found["evidence"][0]["lines"]) == ("birds.py", [7, 7])
     assert found["no_evidence"] is asked["no_evidence"] is None
     assert found["attended_share"] == pytest.approx(asked["attended_share"])
     for key in ("prompt", "documents", "answer"):
         assert found["tokens"][key] == asked["tokens"][key]
     assert set(asked["timings"]) < set(found["timings"])
     assert found["timings"]["read_seconds"] > 0 and found["timings"]["answer_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("thinking", ["adaptive", "enabled"])
+def test_the_same_where_the_model_may_think(
+    client: TestClient, ask: Callable[..., dict[str, Any]], thinking: str
+) -> None:
+    sent = {**FORMS["documents"], "thinking": {"type": thinking}, "reasoning_split": True}
+    asked, message = ask("--thinking", thinking), post(client, sent)
+    assert message["content"] == asked["answer"]
+    assert message.get("reasoning_content", "") == asked["thinking"]
+    assert same_evidence(message["openm3"], asked)
+    assert message["openm3"]["attended_share"] == pytest.approx(asked["attended_share"])
 
 
 def test_a_stream_ends_with_it(client: TestClient) -> None:

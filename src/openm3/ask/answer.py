@@ -95,7 +95,7 @@ class Reader:
         self._conversation.close()
 
     def _answer(self, reply: Reply, places: Places | None, witness: Witness) -> Answer:
-        evidence = rank(witness.mass_S.numpy(), places, self.documents) if places else ()
+        evidence = rank(witness.mass_S.cpu().numpy(), places, self.documents) if places else ()
         reason = None
         if places is None:
             reason = CHANGED

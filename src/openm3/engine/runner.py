@@ -73,7 +73,8 @@ class Runner:
             own = range(end - 1 - len(work.draft), end) if work.samples else range(0)
             rows += own
             if own and work.request.params.attention:
-                witnesses[i] = [self._witness(work.request, i, row) for row in own]
+                length = len(work.request.prompt)
+                witnesses[i] = [Witness(length, request=i, tokens=slice(row, row + 1)) for row in own]
                 observers += witnesses[i]
         drawing = [work for work in plan.works if work.samples]
         trace = None
@@ -104,10 +105,6 @@ class Runner:
         hidden_SD = hidden_TD[places.start - work.first : places.stop - work.first]
         ids = request.prompt[places.start + 1 : places.stop + 1]
         return prompt_logprobs(self.network.head, hidden_SD, ids, request.params.prompt_logprobs or 0)
-
-    def _witness(self, request: Request, place: int, row: int) -> Witness:
-        """Of what one token of the step attends to in the prompt of its request, the batch's number `place`."""
-        return Witness(len(request.prompt), request=place, tokens=slice(row, row + 1), device=self.device)
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
         if not copies:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +19,20 @@ import torch
 from openm3.config import EngineConfig
 from openm3.engine.engine import Engine
 from openm3.errors import ConfigError
-from openm3.eval import bench_engine, bench_headline, bench_model, bench_ops
+from openm3.eval import bench_engine, bench_headline, bench_model, bench_ops, bench_serve
 from openm3.eval.bench_engine import Served
 from openm3.eval.bench_headline import Headline
 from openm3.eval.bench_model import Timing
 from openm3.eval.bench_ops import Line
 from openm3.eval.bench_peaks import Peaks, Work, measure_peaks
+from openm3.eval.bench_serve import Overhead
+from openm3.eval.http import Address
 from openm3.eval.report import table, tokens
+from openm3.model.checkpoint import BUNDLED
 from openm3.model.model import load
 from openm3.ops.dispatch import NAMES
+from openm3.server.settings import read_keys
+from openm3.tokens import Tokenizer
 
 BUDGET, QUICK_BUDGET = 6.0, 1.5
 """Seconds that a case is repeated for."""
@@ -38,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print a table or one JSON line."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return {"ops": _ops, "model": _model, "engine": _engine}[args.subject](args)
+    return {"ops": _ops, "model": _model, "engine": _engine, "serve": _serve}[args.subject](args)
 
 
 def _ops(args: argparse.Namespace) -> int:
@@ -95,6 +101,44 @@ def _engine(args: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(args: argparse.Namespace) -> int:
+    workloads = bench_engine.choose(args.workload)
+    own = {"requests": args.requests, "rate": args.rate, "seed": args.seed}
+    overhead = None
+    if args.url:
+        keys = read_keys(None, os.environ)
+        tokenizer = Tokenizer.from_folder(BUNDLED.get(args.model, args.model))
+        address = Address(args.url, keys[0] if keys else None)
+        served = list(bench_serve.measure(address, tokenizer, workloads, **own))
+    else:
+        model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
+        options = [args.model, "--dtype", args.dtype, "--threads", str(torch.get_num_threads())]
+        options += ["--weights", args.weights] if args.weights else []
+        with bench_serve.serving(options) as server:
+            http = list(bench_serve.measure(server.address, model.tokenizer, workloads, **own))
+            alone = list(bench_engine.measure(lambda: Engine(model), workloads, **own))
+            served = [run for pair in zip(http, alone, strict=True) for run in pair]
+            overhead = bench_serve.compare(
+                Engine(model), server.address, batch=args.batch, rounds=args.rounds, written=args.written
+            )
+    if args.json:
+        about = {"model": args.model, "url": args.url, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+        about |= {} if overhead is None else {"comparison": overhead.values()}
+        print(json.dumps(about | {"workloads": [run.values() for run in served]}))
+    else:
+        print(render_engine(served) + ("" if overhead is None else f"\n\n{render_overhead(overhead)}"))
+    return 0
+
+
+def render_overhead(overhead: Overhead) -> str:
+    """What HTTP takes, in a sentence."""
+    alone, http = (f"{statistics.median(rates):,.0f}" for rates in (overhead.engine, overhead.http))
+    return (
+        f"{overhead.batch} replies at a time: {alone} tokens/s by the engine alone, {http} over HTTP, which takes "
+        f"{overhead.share:.1%} (medians of {len(overhead.http)} rounds)"
+    )
+
+
 def render_engine(served: Sequence[Served]) -> str:
     """A table of what requests waited for, in milliseconds."""
     head = (
@@ -106,7 +150,7 @@ def render_engine(served: Sequence[Served]) -> str:
         values = run.values()
         times = (f"{1e3 * seconds:,.0f}" for seconds in run.percentiles().values())
         speeds = (f"{values[name]:,.0f}" for name in ("written_per_second", "read_per_second"))
-        shares = (f"{values[name]:.1%}" for name in ("cache_hit_rate", "host_share"))
+        shares = ("" if values[name] is None else f"{values[name]:.1%}" for name in ("cache_hit_rate", "host_share"))
         rows.append((run.workload, str(values["requests"]), *times, *speeds, *shares))
     return table(head, rows, "<" + ">" * (len(head) - 1))
 

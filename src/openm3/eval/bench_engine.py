@@ -40,6 +40,12 @@ class Workload:
     rate: float
     arrivals: Callable[[Load], Iterator[Arrival]]
 
+    def made(self, vocabulary: int, *, requests: int | None, rate: float | None, seed: int) -> list[Arrival]:
+        """The load of a model with so many tokens; the workload's own number and rate where none is given."""
+        # No prompt of another workload begins like these: a server may serve one after the other.
+        generator = random.Random(f"{seed} {self.name}")
+        return list(self.arrivals(Load(requests or self.requests, rate or self.rate, vocabulary, generator)))
+
 
 @dataclass(frozen=True)
 class Load:
@@ -156,14 +162,9 @@ def measure(
     with progress() as bar:
         for workload in workloads:
             served = engine()
-            load = Load(
-                requests or workload.requests,
-                rate or workload.rate,
-                served.model.tokenizer.vocab_size,
-                random.Random(seed),
-            )
+            arrivals = workload.made(served.model.tokenizer.vocab_size, requests=requests, rate=rate, seed=seed)
             task = bar.add_task(workload.name, total=None)
-            yield play(served, workload.name, list(workload.arrivals(load)), partial(bar.advance, task))
+            yield play(served, workload.name, arrivals, partial(bar.advance, task))
             bar.remove_task(task)
 
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any
@@ -23,12 +24,15 @@ from typing import Any
 from openm3.engine.engine import Engine
 from openm3.engine.request import Completion, SamplingParams, Timings, Usage
 from openm3.errors import EngineError
-from openm3.eval.bench_engine import Arrival, Served, summed
+from openm3.eval.bench_engine import Arrival, Served, Workload, summed
 from openm3.eval.http import Address, Heard, fetch, listen
+from openm3.eval.report import progress
 from openm3.tokens import Tokenizer
 
-PREFIX, OWN, WRITTEN = 8192, 60, 256
-"""Tokens of the requests that are written side by side: of all in common, of each its own, and of its reply."""
+PREFIX, OWN = 8192, 60
+"""Tokens of the prompts whose replies are written side by side: of all in common, and of each its own."""
+
+PATH = "/v1/completions"
 
 _GREETING = re.compile(r" at (http://\S+)\n")
 
@@ -87,14 +91,28 @@ async def model_name(address: Address) -> str:
     return str(json.loads(await fetch(address, "GET", "/v1/models"))["data"][0]["id"])
 
 
-async def play(
+def measure(
     address: Address,
-    name: str,
-    arrivals: Sequence[Arrival],
     tokenizer: Tokenizer,
-    on_reply: Callable[[], object] = lambda: None,
+    workloads: Sequence[Workload],
+    *,
+    requests: int | None,
+    rate: float | None,
+    seed: int,
+) -> Iterator[Served]:
+    """Have each workload served by the server there, whose model has this tokenizer. Raises ReplyError and OSError."""
+    with progress() as bar:
+        for workload in workloads:
+            name = f"{workload.name} over HTTP"
+            arrivals = workload.made(tokenizer.vocab_size, requests=requests, rate=rate, seed=seed)
+            task = bar.add_task(name, total=None)
+            yield asyncio.run(_play(address, name, arrivals, tokenizer, partial(bar.advance, task)))
+            bar.remove_task(task)
+
+
+async def _play(
+    address: Address, name: str, arrivals: Sequence[Arrival], tokenizer: Tokenizer, on_reply: Callable[[], object]
 ) -> Served:
-    """Have these requests served, and those that follow from their replies, in real time. Raises ReplyError."""
     model = await model_name(address)
     order = count()
     coming = [(arrival.at, next(order), arrival) for arrival in arrivals]
@@ -104,8 +122,8 @@ async def play(
     begin = perf_counter()
 
     async def ask(arrival: Arrival) -> None:
-        heard = await listen(address, "/v1/completions", _body(model, arrival.prompt, arrival.max_tokens, True))
-        replies.append(_completion(heard, tokenizer))
+        heard = await listen(address, PATH, _body(model, arrival.prompt, arrival.max_tokens, tells_progress=True))
+        replies.append(completion(heard, tokenizer))
         on_reply()
         for more in arrival.then(replies[-1], perf_counter() - begin):
             heapq.heappush(coming, (more.at, next(order), more))
@@ -123,19 +141,20 @@ async def play(
     return summed(name, perf_counter() - begin, replies)
 
 
-def overhead(
-    engine: Engine, address: Address, *, batch: int, rounds: int, written: int = WRITTEN, prefix: int = PREFIX
-) -> Overhead:
-    """The engine alone and over HTTP in turns, on the same prompts, after a round of each that is not counted."""
+def compare(engine: Engine, address: Address, *, batch: int, rounds: int, written: int) -> Overhead:
+    """The engine alone and over HTTP in turns: `batch` replies of `written` tokens, behind a prefix that is cached.
+
+    A round of each is not counted. `engine` must be of the same model as the server's, and configured like it.
+    """
     generator = random.Random(0)
-    words = [generator.randrange(engine.model.tokenizer.vocab_size) for _ in range(prefix + batch * OWN)]
-    prompts = [words[:prefix] + words[first : first + OWN] for first in range(prefix, len(words), OWN)]
+    words = [generator.randrange(engine.model.tokenizer.vocab_size) for _ in range(PREFIX + batch * OWN)]
+    prompts = [words[:PREFIX] + words[first : first + OWN] for first in range(PREFIX, len(words), OWN)]
     name = asyncio.run(model_name(address))
     params = SamplingParams(max_tokens=written, ignore_eos=True)
-    bodies = [_body(name, prompt, written, False) for prompt in prompts]
+    bodies = [_body(name, prompt, written, tells_progress=False) for prompt in prompts]
 
     async def over_http() -> None:
-        await asyncio.gather(*(listen(address, "/v1/completions", body) for body in bodies))
+        await asyncio.gather(*(listen(address, PATH, body) for body in bodies))
 
     seconds: dict[str, list[float]] = {"engine": [], "http": []}
     for _ in range(1 + rounds):
@@ -149,7 +168,7 @@ def overhead(
     return Overhead(batch, rates["engine"], rates["http"])
 
 
-def _body(model: str, prompt: Sequence[int], max_tokens: int, tells_progress: bool) -> dict[str, Any]:
+def _body(model: str, prompt: Sequence[int], max_tokens: int, *, tells_progress: bool) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": prompt,
@@ -161,7 +180,7 @@ def _body(model: str, prompt: Sequence[int], max_tokens: int, tells_progress: bo
     }
 
 
-def _completion(heard: Heard, tokenizer: Tokenizer) -> Completion:
+def completion(heard: Heard, tokenizer: Tokenizer) -> Completion:
     """A reply as the engine would tell of it. Tokens of one packet share the time since the packet before evenly."""
     text = "".join(choice["text"] for packet in heard.packets for choice in packet["choices"])
     counts = [packet["usage"]["completion_tokens"] for packet in heard.packets]

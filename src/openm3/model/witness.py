@@ -21,14 +21,12 @@ BLOCKS_AT_ONCE = 512
 class Witness:
     """An observer that adds up, while `watching`, what `tokens` of each step, all of one request, attend to.
 
-    `mass_S[s]` is the squared attention that they paid to token s of the context's first `length`, averaged over heads
-    and summed over layers. `attended_share` is the part of the visible tokens that was selected, averaged.
+    `attended_share` is the part of the visible tokens that was selected, averaged.
     """
 
-    def __init__(
-        self, length: int, *, request: int = 0, tokens: slice = slice(None), device: torch.device | None = None
-    ) -> None:
-        self.mass_S = torch.zeros(length, dtype=torch.float64, device=device)
+    def __init__(self, length: int, *, request: int = 0, tokens: slice = slice(None)) -> None:
+        # The last place is for all tokens behind the first `length`.
+        self._mass_S1 = torch.zeros(length + 1, dtype=torch.float64)
         self.shares: list[float] = []
         self.watching = True
         self._request = request
@@ -41,10 +39,16 @@ class Witness:
         weight_TGhS, slot_TGS, seen_TGS = attention_weights(heads, batch, self._request, self._tokens)
         visible_T = batch.position_T[self._tokens] + 1
         self.shares.append(float((seen_TGS.sum(-1) / visible_T[:, None]).mean()))
-        # In place: there may be heads times a million weights.
+        # In place: there may be heads times a million weights. Those of tokens that are not seen are zero.
         square_TGS = weight_TGhS.square_().mean(2).double() / weight_TGhS.shape[1]
-        counted_TGS = seen_TGS & (slot_TGS < len(self.mass_S))
-        self.mass_S.index_add_(0, slot_TGS[counted_TGS], square_TGS[counted_TGS])
+        slot_TGS = slot_TGS.clamp(0, len(self._mass_S1) - 1)
+        self._mass_S1 = self._mass_S1.to(slot_TGS.device)
+        self._mass_S1.index_add_(0, slot_TGS.flatten(), square_TGS.flatten())
+
+    @property
+    def mass_S(self) -> Tensor:
+        """The squared attention paid to each of the first `length` tokens: averaged over heads, summed over layers."""
+        return self._mass_S1[:-1]
 
     @property
     def attended_share(self) -> float | None:
@@ -53,7 +57,7 @@ class Witness:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.mass_S.zero_()
+        self._mass_S1.zero_()
         self.shares.clear()
 
 
@@ -76,11 +80,13 @@ def attention_weights(
     page_TGK = batch.page_RP[request].long()[block_TGK.clamp(min=0)]
     slot_TGS = (block_TGK[..., None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(2)
     seen_TGS = (block_TGK >= 0).repeat_interleave(BLOCK, 2) & (slot_TGS <= batch.position_T[tokens, None, None])
-    group_G1 = torch.arange(num_groups, device=device)[:, None]
+    # Whole pages of one group are copied, which lie in one piece.
+    key_XBH = heads.pool.k_MGBH.flatten(0, 1)
+    key_TGK = page_TGK * num_groups + torch.arange(num_groups, device=device)[:, None]
     score_TGhS = query_TGhH.new_empty((*query_TGhH.shape[:3], slot_TGS.shape[2]))
     for first in range(0, block_TGK.shape[2], BLOCKS_AT_ONCE):
-        page_TGk = page_TGK[..., first : first + BLOCKS_AT_ONCE]
-        key_TGsH = heads.pool.k_MGBH[page_TGk, group_G1].flatten(2, 3).float()
+        key_TGk = key_TGK[..., first : first + BLOCKS_AT_ONCE]
+        key_TGsH = key_XBH.index_select(0, key_TGk.flatten()).unflatten(0, key_TGk.shape).flatten(2, 3).float()
         part = slice(first * BLOCK, first * BLOCK + key_TGsH.shape[2])
         torch.mul(query_TGhH @ key_TGsH.mT, heads.scale, out=score_TGhS[..., part])
     score_TGhS.masked_fill_(~seen_TGS[:, :, None], -torch.inf)

@@ -37,7 +37,24 @@ check: $(STAMP) ## format, lint, types and guards
 bench: $(STAMP) ## measure this machine: every script in bench/
 	@for script in $(wildcard bench/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
-e2e: $(STAMP) ## run the long tests on the bundled model
+# Other people's clients, for e2e alone: some 1.5 GB. A variable that names one that is there spares its installation.
+E2E := build/e2e
+export OPENM3_E2E_NPM ?= $(E2E)/node_modules/.bin
+export OPENM3_E2E_LM_EVAL ?= $(E2E)/lm-eval/bin/lm_eval
+export OPENM3_E2E_AIPERF ?= $(E2E)/aiperf/bin/aiperf
+
+$(E2E)/node_modules/.bin:
+	@command -v npm > /dev/null || echo "without npm the tests of Claude Code and Codex are skipped"
+	@! command -v npm > /dev/null || npm install --prefix $(E2E) --no-audit --no-fund --loglevel=error \
+	  @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+
+$(E2E)/lm-eval/bin/lm_eval: PACKAGE := lm_eval[api]==0.4.13
+$(E2E)/aiperf/bin/aiperf: PACKAGE := aiperf==0.13.0
+$(E2E)/lm-eval/bin/lm_eval $(E2E)/aiperf/bin/aiperf:
+	@$(PYTHON) -m venv $(@D)/..
+	@$(@D)/python -m pip install -q "$(PACKAGE)"
+
+e2e: $(STAMP) $(OPENM3_E2E_NPM) $(OPENM3_E2E_LM_EVAL) $(OPENM3_E2E_AIPERF) ## run the long tests and real clients on the bundled model
 	$(BIN)/python -m pytest -q -m e2e
 
 # A second environment with .venv's packages but an openm3 of its own: Python reads no .pth file that another one leads to.

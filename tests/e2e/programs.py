@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+README = (ROOT / "README.md").read_text()
+
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that is not there: who asks anybody but loopback fails at once."""
 
@@ -26,6 +29,13 @@ def find(variable: str, default: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} does not exist: run `make e2e`, or let {variable} name it")
     return path
+
+
+def readme(language: str, holding: str, address: str) -> str:
+    """The README's block in a language that holds some words, for m3-tiny at another address."""
+    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if holding in block]
+    return block.replace("http://127.0.0.1:8000", address).replace("MiniMax-M3", "m3-tiny")
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:

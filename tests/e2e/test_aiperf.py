@@ -22,7 +22,7 @@ ROUNDS = 2
 
 def profile(folder: Path, address: str, *flags: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The run's summary, and the numbers of each request."""
-    program = find("OPENM3_E2E_AIPERF", "build/e2e/venv-aiperf/bin/aiperf")
+    program = find("OPENM3_E2E_AIPERF", "build/e2e/aiperf/bin/aiperf")
     prompts, out = folder / "prompts.jsonl", folder / "out"
     prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in PROMPTS))
     command: list[str | Path] = [program, "profile", "--model", "m3-tiny", "--url", address, "--streaming"]

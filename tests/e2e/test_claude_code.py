@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from openm3.server.calls import Call
 from openm3.tokens import render_tool_call
-from tests.e2e.programs import environment, find, openm3_serve, run
+from tests.e2e.programs import environment, find, openm3_serve, readme, run
 from tests.e2e.scripted import Stage
 
 pytestmark = pytest.mark.e2e
@@ -25,7 +26,7 @@ BASH = ("--tools", "Bash")
 
 
 class Claude:
-    """The program in a folder of its own."""
+    """The program in a folder of its own, pointed at a server as the README says."""
 
     def __init__(self, program: Path, folder: Path, address: str, **keys: str) -> None:
         self.folder = folder / "work"
@@ -33,11 +34,9 @@ class Claude:
         self._program = program
         self.environment = environment(
             folder / "home",
-            ANTHROPIC_BASE_URL=address,
-            ANTHROPIC_MODEL="m3-tiny",
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
             IS_SANDBOX="1",  # Nobody else who is root may skip its permissions.
-            **(keys or {"ANTHROPIC_API_KEY": "none"}),
+            **(dict(re.findall(r"(\w+)=(\S+)", readme("bash", "claude", address))) | keys),
         )
 
     def command(self, prompt: str, *flags: str) -> list[str]:
@@ -136,6 +135,17 @@ def test_a_second_turn_and_a_call_that_fails(stage: Stage, claude: Claude) -> No
     assert "And now fail." in messages[3]["content"]
 
 
+def test_an_agent_of_the_agent(stage: Stage, claude: Claude) -> None:
+    """It asks for a smaller model of Anthropic's, unless it is told which that is."""
+    task = {"description": "Look", "prompt": "Look for the heron.", "subagent_type": "Explore"}
+    stage.play(render_tool_call("Agent", task), "The heron is 4711.", lambda call: f"It says: {last_results(call)[0]}")
+    code, printed = claude.ask("Where is the heron?", "--tools", "Agent,Bash")
+    assert code == 0
+    assert printed[-1]["result"].startswith("It says: The heron is 4711.")
+    read = stage.calls[1].messages
+    assert read is not None and "Look for the heron." in read[1]["content"]
+
+
 def test_going_away_ends_the_request(stage: Stage, claude: Claude, scripted: str) -> None:
     stage.play("heron " * 20_000)
     process = subprocess.Popen(
@@ -163,7 +173,7 @@ def test_a_prompt_that_is_too_long_and_a_key_that_is_wrong(program: Path, tmp_pa
         code, printed = bearer.ask("Hello.")
         assert (code, printed[-1]["terminal_reason"]) == (1, "prompt_too_long")
         assert "limit 8192" in printed[-1]["result"]
-        wrong = Claude(program, tmp_path / "wrong", address, ANTHROPIC_API_KEY="wrong")
+        wrong = Claude(program, tmp_path / "wrong", address, ANTHROPIC_API_KEY="wrong", ANTHROPIC_AUTH_TOKEN="")
         code, printed = wrong.ask("Hello.")
         assert (code, printed[-1]["api_error_status"]) == (1, 401)
         assert printed[-1]["result"].startswith("Invalid API key")

@@ -10,33 +10,21 @@ import pytest
 
 from openm3.server.calls import Call
 from openm3.tokens import render_tool_call
-from tests.e2e.programs import environment, find, openm3_serve, run
+from tests.e2e.programs import environment, find, openm3_serve, readme, run
 from tests.e2e.scripted import Stage
 
 pytestmark = pytest.mark.e2e
 
-CONFIG = """
-model = "m3-tiny"
-model_provider = "openm3"
-model_context_window = 120000
-
-[model_providers.openm3]
-name = "openm3"
-base_url = "{address}/v1"
-wire_api = "responses"
-env_key = "OPENM3_API_KEY"
-"""
-
 
 class Codex:
-    """The program in a folder of its own."""
+    """The program in a folder of its own, pointed at a server as the README says."""
 
     def __init__(self, program: Path, folder: Path, address: str, key: str = "none") -> None:
         self.folder = folder / "work"
         self.folder.mkdir(parents=True)
         home = folder / "codex"
         home.mkdir()
-        (home / "config.toml").write_text(CONFIG.format(address=address))
+        (home / "config.toml").write_text(readme("toml", "model_providers", address))
         self._program = program
         self._environment = environment(folder / "home", CODEX_HOME=str(home), OPENM3_API_KEY=key)
 

@@ -50,7 +50,7 @@ DOCUMENTS: dict[str, list[dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def samples(served: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What the harness says of each document, by task."""
-    program = find("OPENM3_E2E_LM_EVAL", "build/e2e/venv-lm-eval/bin/lm_eval")
+    program = find("OPENM3_E2E_LM_EVAL", "build/e2e/lm-eval/bin/lm_eval")
     folder = tmp_path_factory.mktemp("lm_eval")
     for name, (kind, rest) in KINDS.items():
         data = folder / f"{name}.jsonl"

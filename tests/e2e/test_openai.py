@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from openm3.model.model import Model
 from openm3.tokens import render_tool_call
+from tests.e2e.programs import readme
 from tests.e2e.questions import Question
 from tests.e2e.scripted import Stage
 
@@ -140,6 +141,11 @@ def test_models_and_files(client: openai.OpenAI) -> None:
     assert client.files.delete(kept.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(kept.id)
+
+
+def test_what_the_readme_says(served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(readme("python", "import anthropic", served), {})
+    assert "main" in capsys.readouterr().out
 
 
 def test_refusals_are_the_clients_own_errors(client: openai.OpenAI, question: Question) -> None:

@@ -63,6 +63,7 @@ def test_a_right_key_is_let_in_either_way(headers: dict[str, str]) -> None:
 def test_a_wrong_key_is_refused(headers: dict[str, str], why: str) -> None:
     answer = ask(LOCKED, **headers)
     assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-should-retry"] == "false"
     error = answer.json()["error"]
     assert why in error["message"] and error["type"] == "authorized_error" and error["code"] == "invalid_api_key"
     assert "first-ke" not in answer.text

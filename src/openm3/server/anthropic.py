@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from openm3.engine.request import SamplingParams, Usage
+from openm3.server.anthropic_bodies import MessageOut, MessageTokens
 from openm3.server.anthropic_types import (
     Block,
     CountRequest,
@@ -29,8 +30,6 @@ from openm3.server.anthropic_types import (
 from openm3.server.calls import Call, Event, Finished, Serves, Started
 from openm3.server.errors import RequestError, error_body
 from openm3.server.protocol import (
-    DOCUMENTED,
-    REFUSED,
     answer,
     check_end,
     checked,
@@ -40,10 +39,12 @@ from openm3.server.protocol import (
     tool_call,
     unseal,
 )
-from openm3.server.stream import packet
+from openm3.server.stream import EVENT_STREAM, packet
 from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
 
 PING = packet({"type": "ping"}, "ping")
+
+MESSAGE = {"model": MessageOut} | EVENT_STREAM
 
 _MEDIA = ("image", "video", "document")
 # What earlier turns with another server's own tools or caches leave in a conversation: nothing that a model reads.
@@ -78,14 +79,14 @@ def routes(service: Serves) -> APIRouter:
         reply = _Reply(model, getattr(request.state, "request_id", ""), omit_thinking=omits)
         return await answer(reply, events, request, stream=body.stream, ping=PING)
 
-    async def count_tokens(body: CountRequest) -> dict[str, int]:
+    async def count_tokens(body: CountRequest) -> MessageTokens:
         service.check_model(body.model)
-        return {"input_tokens": await service.count(_call(body))}
+        return MessageTokens(input_tokens=await service.count(_call(body)))
 
     for prefix in ("", "/anthropic"):
         path = f"{prefix}/v1/messages"
-        router.add_api_route(path, messages, methods=["POST"], response_model=None, responses=DOCUMENTED)
-        router.add_api_route(f"{path}/count_tokens", count_tokens, methods=["POST"], responses=REFUSED)
+        router.add_api_route(path, messages, methods=["POST"], response_model=None, responses={200: MESSAGE})
+        router.add_api_route(f"{path}/count_tokens", count_tokens, methods=["POST"])
     return router
 
 

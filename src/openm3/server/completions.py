@@ -16,8 +16,9 @@ from openm3.engine.request import Logprob
 from openm3.server.calls import Call, Event, Finished, PromptScores, Scores, Serves, Started
 from openm3.server.errors import RequestError
 from openm3.server.openai_bodies import TextCompletion
-from openm3.server.openai_reply import EVENT_STREAM, Reply, finish_reason, finite
+from openm3.server.openai_reply import Reply, finish_reason, finite
 from openm3.server.openai_types import MOST_TOKENS, Sampling, expected
+from openm3.server.stream import EVENT_STREAM
 from openm3.tokens import Content
 
 MOST_CHOICES = 1024
@@ -196,7 +197,7 @@ def routes(service: Serves) -> APIRouter:
     """The route of completions."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=TextCompletion, responses=EVENT_STREAM, tags=["OpenAI"])
+    @router.post("/v1/completions", response_model=TextCompletion, responses={200: EVENT_STREAM}, tags=["OpenAI"])
     async def create_completion(body: CompletionRequest, request: Request) -> Any:
         """Go on with prompts, whole or as a stream of chunks that ends with `[DONE]`."""
         model = service.check_model(body.model)

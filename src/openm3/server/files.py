@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from time import time
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, File, Form, UploadFile
+from pydantic import BaseModel
 from starlette.responses import FileResponse
 
 from openm3.errors import ConfigError
 from openm3.server.errors import RequestError
+from openm3.server.openai_bodies import MiniMaxStatus
 from openm3.server.settings import ServerSettings
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -118,6 +120,55 @@ class FileStore:
             path.unlink(missing_ok=True)
 
 
+class FileObject(BaseModel):
+    """A file as OpenAI's clients know it."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+
+
+class FileList(BaseModel):
+    """Files, the newest first."""
+
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """A file that is gone."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+class UploadedFile(BaseModel):
+    """A file as MiniMax's clients know it."""
+
+    file_id: str
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+
+
+class Uploaded(BaseModel):
+    """A file that has come, as MiniMax says it."""
+
+    file: UploadedFile
+    base_resp: MiniMaxStatus
+
+
 def routes(store: FileStore) -> APIRouter:
     """OpenAI's paths for files, and MiniMax's for uploading one."""
     router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -126,30 +177,33 @@ def routes(store: FileStore) -> APIRouter:
         return await asyncio.to_thread(store.add, file.file, file.filename or "file", purpose)
 
     @router.post("")
-    async def create_file(file: Upload, purpose: Purpose = "user_data") -> dict[str, Any]:
+    async def create_file(file: Upload, purpose: Purpose = "user_data") -> FileObject:
         """Upload a file."""
         return _as_openai(await upload(file, purpose))
 
     @router.post("/upload")
-    async def upload_file(file: Upload, purpose: Purpose = "video_understanding") -> dict[str, Any]:
+    async def upload_file(file: Upload, purpose: Purpose = "video_understanding") -> Uploaded:
         """Upload a file, and be answered as MiniMax does; messages refer to it as `mm_file://FILE_ID`."""
         stored = asdict(await upload(file, purpose))
-        return {
-            "file": {"file_id": stored.pop("id"), **stored},
-            "base_resp": {"status_code": 0, "status_msg": "success"},
-        }
+        named = UploadedFile(file_id=stored.pop("id"), **stored)
+        return Uploaded(file=named, base_resp=MiniMaxStatus(status_code=0, status_msg="success"))
 
     @router.get("")
-    async def list_files(purpose: str | None = None) -> dict[str, Any]:
+    async def list_files(purpose: str | None = None) -> FileList:
         """All files that are kept, the newest first."""
         await asyncio.to_thread(store.expire)
         files = [file for file in await asyncio.to_thread(store.files) if purpose in (None, file.purpose)]
         data = [_as_openai(file) for file in files[:_MOST_LISTED]]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": data, **ends, "has_more": len(files) > len(data)}
+        return FileList(
+            object="list",
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=len(files) > len(data),
+        )
 
     @router.get("/{file_id}")
-    async def retrieve_file(file_id: str) -> dict[str, Any]:
+    async def retrieve_file(file_id: str) -> FileObject:
         """What is known of a file."""
         return _as_openai(await asyncio.to_thread(store.get, file_id))
 
@@ -161,13 +215,13 @@ def routes(store: FileStore) -> APIRouter:
         return FileResponse(store.path(file.id), media_type="application/octet-stream", filename=file.filename)
 
     @router.delete("/{file_id}")
-    async def delete_file(file_id: str) -> dict[str, Any]:
+    async def delete_file(file_id: str) -> Deleted:
         """Remove a file."""
         await asyncio.to_thread(store.delete, file_id)
-        return {"id": file_id, "object": "file", "deleted": True}
+        return Deleted(id=file_id, object="file", deleted=True)
 
     return router
 
 
-def _as_openai(file: StoredFile) -> dict[str, Any]:
-    return {**asdict(file), "object": "file", "status": "processed"}
+def _as_openai(file: StoredFile) -> FileObject:
+    return FileObject(**asdict(file), object="file", status="processed")

@@ -14,7 +14,7 @@ from openm3.server.calls import Call, Event, Finished, Looked, Scores, Serves
 from openm3.server.errors import RequestError
 from openm3.server.evidence import report
 from openm3.server.openai_bodies import ChatCompletion
-from openm3.server.openai_reply import EVENT_STREAM, Reply, finish_reason, finite
+from openm3.server.openai_reply import Reply, finish_reason, finite
 from openm3.server.openai_types import (
     MOST_TOKENS,
     Document,
@@ -30,6 +30,7 @@ from openm3.server.openai_types import (
     expected,
 )
 from openm3.server.parts import with_documents
+from openm3.server.stream import EVENT_STREAM
 from openm3.tokens import Content, Thinking, ToolArguments, ToolStart
 
 TOP_P = 0.95
@@ -299,7 +300,7 @@ def routes(service: Serves) -> APIRouter:
         "/v1/chat/completions",
         response_model=ChatCompletion,
         response_model_exclude_unset=True,
-        responses=EVENT_STREAM,
+        responses={200: EVENT_STREAM},
         tags=["OpenAI"],
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Any:

@@ -24,11 +24,6 @@ _log = logging.getLogger(__name__)
 LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of zero, which JSON cannot say."""
 
-EVENT_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-}
-"""What the API's description says of replies beside their JSON."""
-
 
 class Reply(ABC):
     """The reply to one request, of a choice for each of `streams`; `choices` in a row answer one prompt.

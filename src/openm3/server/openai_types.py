@@ -137,7 +137,7 @@ class Sampling(Fields):
 class Part(Fields):
     """A part of a message's content."""
 
-    type: str
+    type: str = Field(json_schema_extra={"enum": ["text", "thinking", "refusal"]})
     text: str | None = None
     thinking: str | None = None
     refusal: str | None = None
@@ -166,7 +166,7 @@ class ReasoningDetail(Fields):
 class Message(Fields):
     """A message of a conversation. Of an assistant's reasoning any of the three forms is read, or inline thinking."""
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": ["system", "developer", "root", "user", "assistant", "tool"]})
     content: Annotated[
         str | Annotated[list[str | Part], Field(fail_fast=True)] | None, expected("text or a list of content parts")
     ] = None

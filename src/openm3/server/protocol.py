@@ -25,18 +25,6 @@ from openm3.server.stream import COMMENT, event_stream, opened, packet, whole
 TEMPERATURE, TOP_P = 1.0, 0.95
 """M3's own sampling, where a request says nothing."""
 
-REFUSED: dict[int | str, dict[str, Any]] = {"4XX": {"description": "What is wrong with the request, in words"}}
-DOCUMENTED = REFUSED | {
-    200: {
-        "description": "The reply, or its events if `stream` is true",
-        "content": {
-            "application/json": {"schema": {"type": "object"}},
-            "text/event-stream": {"schema": {"type": "string"}},
-        },
-    },
-}
-"""What the OpenAPI document says of a route that replies, and of one that can stream its reply."""
-
 _SEAL = "openm3-1:"
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -15,8 +15,6 @@ from openm3.engine.request import SamplingParams
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
 from openm3.server.protocol import (
-    DOCUMENTED,
-    REFUSED,
     TEMPERATURE,
     TOP_P,
     answer,
@@ -27,6 +25,7 @@ from openm3.server.protocol import (
     tool_call,
     unseal,
 )
+from openm3.server.responses_bodies import ResponseOut, ResponseTokens
 from openm3.server.responses_reply import Reply
 from openm3.server.responses_types import (
     CallOutput,
@@ -44,6 +43,7 @@ from openm3.server.responses_types import (
     Tool,
     ToolChoice,
 )
+from openm3.server.stream import EVENT_STREAM
 
 _STORED = ("previous_response_id", "conversation", "prompt")
 _MEDIA = ("input_image", "input_file", "input_video", "input_audio", "computer_screenshot")
@@ -53,7 +53,7 @@ def routes(service: Serves) -> APIRouter:
     """The routes of OpenAI's responses."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/responses", response_model=None, responses=DOCUMENTED)
+    @router.post("/v1/responses", response_model=None, responses={200: {"model": ResponseOut} | EVENT_STREAM})
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         model = service.check_model(body.model)
         longest = service.max_tokens if body.max_output_tokens is None else body.max_output_tokens
@@ -66,12 +66,12 @@ def routes(service: Serves) -> APIRouter:
         reply = Reply(response, tools.origins, summarise=summarise)
         return await answer(reply, service.stream(call), request, stream=body.stream)
 
-    @router.post("/v1/responses/input_tokens", responses=REFUSED)
-    async def input_tokens(body: CountRequest) -> dict[str, int | str]:
+    @router.post("/v1/responses/input_tokens")
+    async def input_tokens(body: CountRequest) -> ResponseTokens:
         if body.model is not None:
             service.check_model(body.model)
         call = _call(body, _Tools(body.tools or ()), SamplingParams())
-        return {"object": "response.input_tokens", "input_tokens": await service.count(call)}
+        return ResponseTokens(object="response.input_tokens", input_tokens=await service.count(call))
 
     return router
 

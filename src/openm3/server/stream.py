@@ -21,6 +21,19 @@ PING_SECONDS = 10.0
 COMMENT = ": ping\n\n"
 """A sign of life that every parser of server-sent events passes over."""
 
+EVENT_STREAM: dict[str, Any] = {
+    "content": {
+        "text/event-stream": {
+            "itemSchema": {
+                "type": "object",
+                "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+                "required": ["data"],
+            }
+        }
+    }
+}
+"""What the OpenAPI document says of a reply that may be streamed, beside its JSON."""
+
 Item = TypeVar("Item")
 
 _written = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

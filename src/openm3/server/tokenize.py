@@ -46,6 +46,17 @@ class Text(BaseModel):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """The named control tokens, the chat template, and how many tokens the model takes."""
+
+    tokenizer_class: str
+    bos_token: str
+    eos_token: str
+    pad_token: None
+    model_max_length: int
+    chat_template: str
+
+
 def routes(service: Service) -> APIRouter:
     """/tokenize, /detokenize and /tokenizer_info."""
     router = APIRouter(tags=["tokenizer"])
@@ -74,15 +85,15 @@ def routes(service: Service) -> APIRouter:
         return Text(prompt=await asyncio.to_thread(tokenizer.decode, body.tokens))
 
     @router.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
+    async def tokenizer_info() -> TokenizerInfo:
         """What a client needs to write prompts by itself: the named control tokens and the chat template."""
-        return {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.decode([tokenizer.bos_id]),
-            "eos_token": tokenizer.decode([tokenizer.eos_id]),
-            "pad_token": None,
-            "model_max_length": service.max_model_len,
-            "chat_template": tokenizer.chat_template,
-        }
+        return TokenizerInfo(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token=tokenizer.decode([tokenizer.bos_id]),
+            eos_token=tokenizer.decode([tokenizer.eos_id]),
+            pad_token=None,
+            model_max_length=service.max_model_len,
+            chat_template=tokenizer.chat_template,
+        )
 
     return router

@@ -146,3 +146,21 @@ def test_blank_tensors_are_zeros_that_begin_on_a_line_or_a_huge_page() -> None:
         x.fill_(1)
         assert float(x.sum()) == x.numel()
     assert native.blank((0, 4), torch.uint8, cpu).shape == (0, 4)
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
+def test_threads_are_released_and_come_back() -> None:
+    code = """
+import os, torch
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+work = lambda: torch.ones(1 << 20).exp()
+work()
+busy = count()
+native.release_threads()
+print(busy - count())
+work()
+print(busy - count())
+"""
+    assert in_a_new_process(native.levels()[0], code).split() == ["2", "0"]

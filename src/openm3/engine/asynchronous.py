@@ -16,6 +16,7 @@ from openm3.engine.constraint import Constraint
 from openm3.engine.engine import Engine, Prompt
 from openm3.engine.request import Completion, Delta, SamplingParams
 from openm3.errors import BusyError, EngineError
+from openm3.ops import native
 
 
 class AsyncEngine:
@@ -24,6 +25,8 @@ class AsyncEngine:
     A reply waits for its listener in one piece: who listens slowly gets fewer, longer deltas, and holds back nobody. A
     listener that goes away, by cancellation or by leaving its loop, ends its request within one step. If a step fails,
     every listener gets the error, and the engine refuses what comes later.
+
+    The thread that makes it gives up the threads that helped it compute so far: the engine's own would be slowed down.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -37,6 +40,7 @@ class AsyncEngine:
         self._gate = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="openm3 engine", daemon=True)
+        native.release_threads()
         self._thread.start()
 
     @property

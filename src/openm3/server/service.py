@@ -12,10 +12,11 @@ from time import time
 from openm3.config import BLOCK
 from openm3.engine.asynchronous import AsyncEngine
 from openm3.engine.constraint import Constraint
-from openm3.engine.request import SamplingParams
+from openm3.engine.request import Attention, SamplingParams
 from openm3.errors import BusyError, OpenM3Error
 from openm3.model.model import Model
-from openm3.server.calls import Call, Event, Finished, Started
+from openm3.ops import native
+from openm3.server.calls import Call, Event, Evidence, Finished, Started
 from openm3.server.conversation import conversation
 from openm3.server.errors import RequestError
 from openm3.server.evidence import find
@@ -149,7 +150,7 @@ class Service:
                 for event in told.take(delta):
                     if isinstance(event, Finished) and delta.completion is not None and call.evidence:
                         attention = delta.completion.attention if told.answers else None
-                        evidence = await asyncio.to_thread(find, call, ids, self.decoder(), attention)
+                        evidence = await asyncio.to_thread(_evidence, call, ids, self.decoder(), attention)
                         event = replace(event, evidence=evidence, timings=delta.completion.timings)
                     yield event
 
@@ -197,6 +198,13 @@ class Service:
             attention=call.evidence or params.attention,
             attention_after=self._think_end if call.messages is not None else params.attention_after,
         )
+
+
+def _evidence(call: Call, ids: list[int], decoder: StreamDecoder, attention: Attention | None) -> Evidence:
+    try:
+        return find(call, ids, decoder, attention)
+    finally:
+        native.release_threads()
 
 
 def _stopping() -> RequestError:

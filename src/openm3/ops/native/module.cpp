@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <omp.h>
 
 #include <string>
 #include <vector>
@@ -52,6 +53,11 @@ static void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
 #endif
 }
 
+// OpenMP keeps the threads that helped the caller, until it ends or says this.
+static void release_threads() {
+    omp_pause_resource_all(omp_pause_soft);
+}
+
 }  // namespace openm3
 
 NB_MODULE(OPENM3_MODULE, m) {
@@ -61,6 +67,7 @@ NB_MODULE(OPENM3_MODULE, m) {
     m.attr("has_tiles") = !std::is_same_v<openm3::Product, openm3::Fma>;
     m.def("levels", &openm3::levels, "Names of the levels that this processor can run, best first.");
     m.def("prefer_huge_pages", &openm3::prefer_huge_pages, nb::arg("x"), "Ask for huge pages under a tensor.");
+    m.def("release_threads", &openm3::release_threads, "End the threads that helped this one; more come on next use.");
     openm3::bind_index(m);
     openm3::bind_attention(m);
     openm3::bind_linear(m);

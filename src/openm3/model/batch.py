@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class Batch:
 
     Request r owns tokens `start_R1[r]:start_R1[r+1]`, the last ones of its `length_R[r]` keys. `page_RP` maps its
     logical blocks to pages of the pools, `slot_T` is `page * 128 + offset` of each token, `position_T` its rotary
-    position.
+    position. Where pictures are among the tokens, `image_ID` are the inputs of the tokens `place_I`, ascending, in the
+    embeddings' stead.
     """
 
     ids_T: Tensor
@@ -25,6 +26,8 @@ class Batch:
     page_RP: Tensor
     start_R1: Tensor
     length_R: Tensor
+    place_I: Tensor | None = None
+    image_ID: Tensor | None = None
 
     @classmethod
     def whole(cls, rows: list[Tensor], positions: list[Tensor] | None = None) -> Batch:
@@ -61,7 +64,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
+
+    def with_images(self, place_I: Tensor, image_ID: Tensor) -> Batch:
+        """The same batch with these inputs [I, D] of the tokens `place_I` [I], ascending."""
+        return replace(self, place_I=place_I, image_ID=image_ID) if len(place_I) else self
 
     @property
     def num_pages(self) -> int:

@@ -12,6 +12,7 @@ from openm3.model.attention import Attention, Norm, Observer
 from openm3.model.batch import Batch
 from openm3.model.linear import Linear
 from openm3.model.moe import Mlp, Moe
+from openm3.model.vision import Grid, Projector, Tower, normalised
 from openm3.ops.cache import Pool
 from openm3.ops.index import new_codes
 from openm3.ops.linear import linear
@@ -51,7 +52,10 @@ class TiedHead(nn.Module):
 
 
 class Network(nn.Module):
-    """The text decoder. Parameters start at zero or at PyTorch's defaults; a checkpoint or a recipe fills them."""
+    """The text decoder, and the vision tower if the model has one.
+
+    Parameters start at zero or at PyTorch's defaults; a checkpoint or a recipe fills them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,15 +65,26 @@ class Network(nn.Module):
         self.norm = Norm(config.hidden_size)
         tied = config.tie_embeddings
         self.head = TiedHead(self.embed) if tied else Linear(config.hidden_size, config.vocab_size)
+        if config.vision is not None:
+            self.vision = Tower(config.vision)
+            self.projector = Projector(config.vision, config.hidden_size)
 
     def hidden(self, batch: Batch, pools: Sequence[Pool] | None = None, observer: Observer | None = None) -> Tensor:
         """Final normed states [T, D]. With pools, keys are written to them; without, sequences must be whole."""
         c = self.config
         x_TD = self.embed(batch.ids_T)
+        if batch.place_I is not None and batch.image_ID is not None:
+            x_TD = x_TD.index_copy(0, batch.place_I, batch.image_ID)
         rope = rotary_table(batch.position_T, c.rotary_dim, c.rope_theta)
         for i, layer in enumerate(self.layers):
             x_TD = layer(x_TD, batch, rope, None if pools is None else pools[i], observer)
         return rms_norm(x_TD, self.norm.weight, c.norm_eps)
+
+    def see(self, patch_IC: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """What stands for the placeholders of pictures, [I / 4, D]: for uint8 pixels [I, C] in the order of `grids`."""
+        dtype = self.vision.patch_embed.weight.dtype
+        image_ID: Tensor = self.projector(self.vision(normalised(patch_IC, dtype), grids))
+        return image_ID
 
     def forward(self, batch: Batch, pools: Sequence[Pool] | None = None, observer: Observer | None = None) -> Tensor:
         """Logits [T, V] of every token."""

@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from openm3.model.model import Trace as Trace
     from openm3.model.model import load as load
     from openm3.ops.dispatch import use as use
+    from openm3.tokens.media import Media as Media
+    from openm3.tokens.pictures import ImageOptions as ImageOptions
+    from openm3.tokens.pictures import read_image as read_image
+    from openm3.tokens.sources import MediaLimits as MediaLimits
     from openm3.tokens.tokenizer import Tokenizer as Tokenizer
+    from openm3.tokens.video import VideoOptions as VideoOptions
+    from openm3.tokens.video import read_video as read_video
+    from openm3.tokens.video import video_from_frames as video_from_frames
 
 __version__ = "0.1.0"
 
@@ -38,15 +45,22 @@ __all__ = [
     "Delta",
     "Engine",
     "EngineConfig",
+    "ImageOptions",
+    "Media",
+    "MediaLimits",
     "Model",
     "ModelConfig",
     "OpenM3Error",
     "SamplingParams",
     "Tokenizer",
     "Trace",
+    "VideoOptions",
     "__version__",
     "load",
+    "read_image",
+    "read_video",
     "use",
+    "video_from_frames",
 ]
 
 _HOMES = {
@@ -55,14 +69,21 @@ _HOMES = {
     "Delta": "openm3.engine.request",
     "Engine": "openm3.engine.engine",
     "EngineConfig": "openm3.config",
+    "ImageOptions": "openm3.tokens.pictures",
+    "Media": "openm3.tokens.media",
+    "MediaLimits": "openm3.tokens.sources",
     "Model": "openm3.model.model",
     "ModelConfig": "openm3.config",
     "OpenM3Error": "openm3.errors",
     "SamplingParams": "openm3.engine.request",
     "Tokenizer": "openm3.tokens.tokenizer",
     "Trace": "openm3.model.model",
+    "VideoOptions": "openm3.tokens.video",
     "load": "openm3.model.model",
+    "read_image": "openm3.tokens.pictures",
+    "read_video": "openm3.tokens.video",
     "use": "openm3.ops.dispatch",
+    "video_from_frames": "openm3.tokens.video",
 }
 
 

@@ -1,6 +1,7 @@
 """Text to ids and back: tokenizer, prompt grammar, and the router that splits what the model writes."""
 
 from openm3.tokens.chat import TEMPLATE, THINKING, render_tool_call
+from openm3.tokens.media import Media, Run, expand, runs
 from openm3.tokens.router import (
     Content,
     Event,
@@ -20,6 +21,8 @@ __all__ = [
     "THINKING",
     "Content",
     "Event",
+    "Media",
+    "Run",
     "StreamDecoder",
     "StreamRouter",
     "Thinking",
@@ -28,7 +31,9 @@ __all__ = [
     "ToolCall",
     "ToolEnd",
     "ToolStart",
+    "expand",
     "parse_tool_calls",
     "render_tool_call",
+    "runs",
     "train_bpe",
 ]

@@ -21,6 +21,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from openm3.errors import PromptError
+from openm3.tokens.media import Media, check_kinds, expand
 
 TEMPLATE: str = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 """openm3's own template in M3's grammar; also readable by transformers."""
@@ -30,7 +31,21 @@ THINKING = ("enabled", "disabled", "adaptive")
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Words that templates compare with stay unmarked: alone they are no control token, and all around them is marked.
-_WORDS = {*_ROLES, "text", "function", "string", "number", "integer", "boolean", "object", "array", "null"}
+_WORDS = {
+    *_ROLES,
+    "text",
+    "image",
+    "video",
+    "function",
+    "string",
+    "number",
+    "integer",
+    "boolean",
+    "object",
+    "array",
+    "null",
+}
+_MEDIA_PARTS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 _NAMES = ("properties", "$defs", "definitions", "patternProperties")
 
 TAG_NAME = re.compile(r'[^<>"\r\n/][^<>"\r\n]{0,127}')
@@ -49,16 +64,20 @@ def render(
     thinking: str,
     add_generation_prompt: bool,
     variables: Mapping[str, str],
+    media: Sequence[Media] = (),
 ) -> list[tuple[str, bool]]:
-    """The prompt as pieces (text, whether it is one control token), in order.
+    """The prompt as pieces (text, whether it is one control token), in order, its media written out.
 
-    `controls` matches the text of any control token, longest first; `variables` are further ones for the template.
-    Raises PromptError for anything that is not a conversation in OpenAI's format or that the template refuses.
+    `controls` matches the text of any control token, longest first; `variables` are further ones for the template;
+    `media` are what the messages' image and video parts stand for. Raises PromptError for anything that is not a
+    conversation in OpenAI's format, that does not fit its media, or that the template refuses.
     """
     if thinking not in THINKING:
         raise PromptError(f"thinking must be one of {', '.join(THINKING)}, not {thinking!r}")
     try:
-        written = json.dumps([_checked_messages(messages), _checked_tools(tools)], ensure_ascii=False)
+        checked = _checked_messages(messages)
+        check_kinds(_shown(checked), media)
+        written = json.dumps([checked, _checked_tools(tools)], ensure_ascii=False)
     except PromptError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
@@ -77,7 +96,7 @@ def render(
         raise PromptError(f"the chat template is not valid Jinja: {error}") from None
     except Exception as error:  # a template can fail in any way
         raise PromptError(f"the chat template failed on these messages: {error}") from None
-    return list(guard.pieces(prompt))
+    return list(expand(guard.pieces(prompt), media))
 
 
 def render_tool_call(name: str, arguments: Mapping[str, Any]) -> str:
@@ -127,7 +146,10 @@ def _checked_message(message: object, where: str) -> dict[str, Any]:
 
 
 def _checked_content(content: object, where: str, thinking: list[str] | None) -> str | list[dict[str, str]]:
-    """`content` as text or text parts; what thinking parts hold is added to `thinking`, if they are allowed here."""
+    """`content` as text or parts; what thinking parts hold is added to `thinking`, if they are allowed here.
+
+    Of a picture or video only the kind is kept: what it holds comes beside the messages.
+    """
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list | tuple):
@@ -135,9 +157,12 @@ def _checked_content(content: object, where: str, thinking: list[str] | None) ->
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if isinstance(kind, str) and kind in _MEDIA_PARTS:
+            parts.append({"type": _MEDIA_PARTS[kind]})
+            continue
         text = part.get("thinking" if kind == "thinking" else "text") if isinstance(part, Mapping) else None
         if kind not in (("text",) if thinking is None else ("text", "thinking")):
-            raise PromptError(f"{where} has a content part of type {kind!r}: only text is understood here")
+            raise PromptError(f"{where} has a content part of type {kind!r}: only text, image and video are known")
         if not isinstance(text, str):
             raise PromptError(f"{where} has a {kind} part without text")
         if kind == "text":
@@ -145,6 +170,13 @@ def _checked_content(content: object, where: str, thinking: list[str] | None) ->
         elif thinking is not None:
             thinking.append(text)
     return parts
+
+
+def _shown(messages: list[dict[str, Any]]) -> list[str]:
+    """The kinds of the pictures and videos in checked messages, in order."""
+    contents = [message["content"] for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["type"] for part in parts if part["type"] in _MEDIA_PARTS]
 
 
 def _checked_call(call: object, where: str) -> dict[str, Any]:

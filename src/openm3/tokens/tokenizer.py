@@ -11,6 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from openm3.errors import CheckpointError, ConfigError, PromptError
 from openm3.tokens import chat
+from openm3.tokens.media import Media, expand
 
 SPECIALS: tuple[str, ...] = (
     *("]!p~[", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<reponame>", "<filename>", "<gh_stars>"),
@@ -135,20 +137,23 @@ class Tokenizer:
             (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, media: Sequence[Media] = ()) -> list[int]:
         """Ids of `text`. The text of control tokens is ordinary text, unless `special` asks for their ids.
 
-        Lone surrogates, which no UTF-8 text can hold, become U+FFFD.
+        With `media`, which needs `special`, each `]<]image[>[` and `]<]video[>[` stands for the next of them. Lone
+        surrogates, which no UTF-8 text can hold, become U+FFFD. Raises PromptError when the media do not fit the text.
         """
         if not special:
+            if media:
+                raise PromptError("media need special=True: in ordinary text nothing stands for them")
             return self._encode_plain(text)
-        ids: list[int] = []
+        pieces: list[tuple[str, bool]] = []
         end = 0
         for match in self._control.finditer(text):
-            ids += self._encode_plain(text[end : match.start()])
-            ids.append(self._controls[match.group()])
+            pieces += [(text[end : match.start()], False), (match.group(), True)]
             end = match.end()
-        return ids + self._encode_plain(text[end:])
+        pieces.append((text[end:], False))
+        return self._ids(expand(pieces, media) if media else pieces)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`, U+FFFD for bytes that are no UTF-8. Ids without a token (vocabulary padding) give nothing."""
@@ -175,12 +180,15 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: str = "adaptive",
         add_generation_prompt: bool = True,
+        media: Sequence[Media] = (),
     ) -> list[int]:
         """Ids of a conversation in OpenAI's format, ready for the model to answer.
 
         `thinking` is "enabled", "disabled" or "adaptive" (the model decides). Only the template's own control tokens
-        become control ids; their text in a message, name, tool or result stays text. Raises PromptError for messages
-        that are not a conversation, and when the checkpoint's template fails.
+        become control ids; their text in a message, name, tool or result stays text. `media` are the pictures and
+        videos of the content parts of type `image`, `image_url`, `video` and `video_url`, in the order of the
+        messages. Raises PromptError for messages that are not a conversation or do not fit their media, and when the
+        checkpoint's template fails.
         """
         pieces = chat.render(
             messages,
@@ -190,10 +198,21 @@ class Tokenizer:
             thinking=thinking,
             add_generation_prompt=add_generation_prompt,
             variables={"bos_token": self.decode([self.bos_id]), "eos_token": self.decode([self.eos_id])},
+            media=media,
         )
+        return self._ids(pieces)
+
+    def _ids(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Ids of (text, whether it is one control token). Neighbouring ordinary texts are encoded as one."""
         ids: list[int] = []
-        for text, is_control in pieces:
-            ids += [self._controls[text]] if is_control else self._encode_plain(text)
+        for is_control, group in groupby(pieces, key=lambda piece: piece[1]):
+            texts = [text for text, _ in group]
+            if not is_control:
+                ids += self._encode_plain("".join(texts))
+                continue
+            if missing := {text for text in texts if text not in self._controls}:
+                raise PromptError(f"this tokenizer has no token {min(missing)}: the model takes no such media")
+            ids += [self._controls[text] for text in texts]
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:

@@ -176,6 +176,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, int], d
     server.join(30)
     values["exit_code"] = server.exitcode
     outcomes = {f"{kind}: {what}": count for (kind, what), count in sorted(clients.outcomes.items())}
+    values["request_seconds"] = {
+        kind: {f"p{p}": round(percentile(seconds, p), 2) for p in (50, 99, 100)}
+        for kind, seconds in sorted(clients.took.items())
+    }
     return values | {"errors": clients.errors}, outcomes, outcomes_of_stop
 
 

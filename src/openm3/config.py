@@ -133,6 +133,7 @@ class EngineConfig:
     more may wait. `prefix_cache` lets prompts that begin alike share pages; with `cache_dir` full pages also stay in
     that folder, up to `cache_dir_bytes`, and found again by later engines. Up to `draft_tokens` tokens
     are proposed ahead from the text so far and verified in one step, while few requests write; they change no reply.
+    What was seen in pictures and videos is kept up to `image_cache_bytes`, so that the same ones are encoded once.
     `check` verifies after every step that no page is lost. Raises ConfigError for impossible values.
     """
 
@@ -146,6 +147,7 @@ class EngineConfig:
     cache_dir: str | Path | None = None
     cache_dir_bytes: int = 64 << 30
     draft_tokens: int = 8
+    image_cache_bytes: int = 256 << 20
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -159,7 +161,7 @@ class EngineConfig:
             bad.append("give cache_tokens or cache_bytes, not both")
         if not isinstance(self.memory_share, int | float) or not 0 < self.memory_share <= 1:
             bad.append(f"memory_share must be more than 0 and at most 1, not {self.memory_share!r}")
-        bad += _not_sizes(self, ("cache_dir_bytes", "draft_tokens"), least=0)
+        bad += _not_sizes(self, ("cache_dir_bytes", "draft_tokens", "image_cache_bytes"), least=0)
         if self.cache_dir is not None and not self.prefix_cache:
             bad.append("cache_dir keeps what prefix_cache finds: it needs prefix_cache")
         if bad:

@@ -304,10 +304,14 @@ def test_damaged_pages_are_computed_again(model: Model, tmp_path: Path) -> None:
     for i, path in enumerate(sorted(tmp_path.rglob("*.page"))):
         if i % 3 == 1:
             path.write_bytes(path.read_bytes()[:-7] + b"garbage")
-    for expected in (range(896), [896]):
+    cached = []
+    # Two are damaged; the first one met is mended, and the next one when it is met.
+    for _ in range(3):
         with engine(model, cache_dir=tmp_path) as later:
             warm = later.generate([prompt], GREEDY)[0]
-        assert warm.ids == cold.ids and warm.usage.cached_tokens in expected
+        assert warm.ids == cold.ids
+        cached.append(warm.usage.cached_tokens)
+    assert cached[0] < 896 and cached[2] == 896
 
 
 def test_other_weights_do_not_find_the_pages(model: Model, tmp_path: Path) -> None:

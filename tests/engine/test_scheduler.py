@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 
 from openm3.config import BLOCK
 from openm3.engine.pages import Pages
-from openm3.engine.request import Media, Request, SamplingParams
+from openm3.engine.request import Placed, Request, SamplingParams
 from openm3.engine.scheduler import Plan, Scheduler
+from openm3.tokens.media import Media
 
 
 def make(num_pages: int = 64, step_tokens: int = 512, max_requests: int = 4, reuse: bool = True) -> Scheduler:
@@ -123,6 +125,11 @@ def test_a_prefix_is_found_up_to_the_middle_of_a_page() -> None:
     assert r.cached == 700
 
 
+def named(digest: bytes, count: int) -> Media:
+    """A picture of so many tokens that nobody looks at."""
+    return Media("image", np.zeros((0, 1176), np.uint8), ((1, 2, 2 * count),), None, (28, 28), digest)
+
+
 def test_equal_placeholders_of_different_pictures_share_nothing() -> None:
     """The page that holds the placeholders, up to the first of them, and none after it."""
     counting = Counting(make(num_pages=200))
@@ -131,7 +138,7 @@ def test_equal_placeholders_of_different_pictures_share_nothing() -> None:
     cached = []
     for number, picture in enumerate((b"a cat", b"a dog", b"a cat", None)):
         r = request(number, prompt)
-        r.media = [Media(300, 200, picture)] if picture is not None else []
+        r.media = [Placed(named(picture, 200), 0, 300, 0, 200)] if picture is not None else []
         counting.scheduler.add(r)
         assert counting.run() == [r] and r.ids == expected(r)
         cached.append(r.cached)
@@ -140,11 +147,14 @@ def test_equal_placeholders_of_different_pictures_share_nothing() -> None:
 
 def test_a_part_of_a_picture_has_a_name_of_its_own() -> None:
     r = request(1, [5, 9, 9, 9, 6])
-    r.media = [Media(1, 3, b"a cat")]
+    r.media = [Placed(named(b"a cat", 5), 0, 1, 2, 3)]
     names = r.names(0, 5)
     assert names[0] == 5 and names[4] == 6 and len({*names[1:4]}) == 3 and max(names[1:4]) < 0
     assert r.names(2, 4) == names[2:4] and r.names(4, 5) == [6]
     assert request(2, [5, 9]).names(0, 2) == [5, 9]
+    # The same part elsewhere has the same name; another row of the same video has not.
+    r.media = [Placed(named(b"a cat", 5), 0, 2, 3, 2), Placed(named(b"a cat", 5), 1, 4, 3, 1)]
+    assert r.names(2, 4) == names[2:4] and r.names(4, 5)[0] not in names
 
 
 def test_a_prefix_that_others_are_reading_is_waited_for() -> None:

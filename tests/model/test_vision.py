@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -49,15 +50,32 @@ def test_pictures_of_any_sizes_together_are_each_alone(network: Network) -> None
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
-def test_gradients_are_those_of_the_fused_attention(network: Network) -> None:
-    patch_IC = torch.rand((24, 1176), generator=torch.Generator().manual_seed(1)).requires_grad_()
-    (own,) = torch.autograd.grad(network.vision(patch_IC, [(1, 2, 4), (1, 4, 4)]).square().sum(), patch_IC)
+@torch.inference_mode()
+@pytest.mark.parametrize("most", [1, 5, 16, 24, 1000])
+def test_a_walk_in_pieces_is_the_whole(network: Network, most: int) -> None:
+    grids = [(1, 2, 4), (1, 2, 4), (2, 4, 4), (1, 2, 4)]
+    patch_IC = torch.rand((56, 1176), generator=torch.Generator().manual_seed(2))
+    walk, done = network.vision.walk(patch_IC, grids, most), 0.0
+    with pytest.raises(StopIteration) as end:
+        while True:
+            step = next(walk)
+            assert 0 < step <= max(most, 1) * 1.1
+            done += step
+    torch.testing.assert_close(end.value.value, network.vision(patch_IC, grids), atol=2e-5, rtol=0)
+    # Each patch once, and a little for what it attends to.
+    wide = 6 * network.config.vision.hidden_size
+    assert done == pytest.approx(56 + (24 * 8 + 32 * 32) / wide)
+
+
+def test_gradients_are_slopes(network: Network) -> None:
+    vision, grids = deepcopy(network.vision).double(), [(1, 2, 4), (1, 4, 4)]
+    patch_IC = torch.rand((24, 1176), generator=torch.Generator().manual_seed(1), dtype=torch.double).requires_grad_()
+    (own,) = torch.autograd.grad(vision(patch_IC, grids).square().sum(), patch_IC)
+    step = torch.zeros_like(patch_IC)
+    step[3, 100] = step[20, 7] = 1e-4
     with torch.no_grad():
-        step = torch.zeros_like(patch_IC)
-        step[3, 100] = step[20, 7] = 1e-2
-        sums = [network.vision(patch_IC + sign * step, [(1, 2, 4), (1, 4, 4)]).square().sum() for sign in (1, -1)]
-    slope = (sums[0] - sums[1]) / 2e-2
-    torch.testing.assert_close((own * step).sum() / 1e-2, slope, rtol=2e-3, atol=1e-2)
+        before, after = (vision(patch_IC + sign * step, grids).square().sum() for sign in (-1, 1))
+    torch.testing.assert_close((own * step).sum(), (after - before) / 2, rtol=1e-4, atol=0)
 
 
 def test_patches_go_by_squares() -> None:

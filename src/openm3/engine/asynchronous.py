@@ -17,6 +17,7 @@ from openm3.engine.engine import Engine, Prompt
 from openm3.engine.request import Completion, Delta, SamplingParams
 from openm3.errors import BusyError, EngineError
 from openm3.ops import native
+from openm3.tokens.media import Media
 
 
 class AsyncEngine:
@@ -54,6 +55,7 @@ class AsyncEngine:
         params: SamplingParams | None = None,
         *,
         constraint: Constraint | None = None,
+        media: Sequence[Media] = (),
         pace: float = 0.0,
     ) -> Reply:
         """Let a request in; its reply, to be closed by whoever may stop listening early. Raises as `Engine.add` does.
@@ -63,7 +65,7 @@ class AsyncEngine:
         """
         reply = Reply(self._bell(), pace, self._leave)
         try:
-            await self._call(lambda: self._add(prompt, params, constraint, reply))
+            await self._call(lambda: self._add(prompt, params, constraint, media, reply))
         except BaseException:
             reply.close()
             raise
@@ -155,10 +157,17 @@ class AsyncEngine:
             call()
         return True
 
-    def _add(self, prompt: Prompt, params: SamplingParams | None, constraint: Constraint | None, reply: Reply) -> None:
+    def _add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        constraint: Constraint | None,
+        media: Sequence[Media],
+        reply: Reply,
+    ) -> None:
         if self._closed or self._ended:
             raise self._refusal()
-        reply.number = self.engine.add(prompt, params, constraint=constraint)
+        reply.number = self.engine.add(prompt, params, constraint=constraint, media=media)
         self._replies[reply.number] = reply
 
     def _leave(self, reply: Reply) -> None:

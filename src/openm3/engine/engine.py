@@ -15,16 +15,18 @@ from typing import Self
 from openm3.config import BLOCK, EngineConfig
 from openm3.engine.archive import Archive
 from openm3.engine.constraint import Constraint
+from openm3.engine.encoder import Encoder
 from openm3.engine.lookup import Lookup
 from openm3.engine.pages import Pages
 from openm3.engine.probe import Probe
-from openm3.engine.request import Completion, Delta, FinishReason, Request, SamplingParams, Timings, Usage
+from openm3.engine.request import Completion, Delta, FinishReason, Request, SamplingParams, Timings, Usage, placed
 from openm3.engine.runner import Drawn, Runner
 from openm3.engine.scheduler import Scheduler, Work
 from openm3.engine.text import ReplyText
 from openm3.errors import BusyError, ConfigError, PromptError
 from openm3.model.memory import free_bytes, gib, page_bytes
 from openm3.model.model import Model, load
+from openm3.tokens.media import Media
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,11 @@ class Engine:
         ends = {self.model.tokenizer.eos_id, self.model.config.eos_id}
         self.end_ids = frozenset(i for i in ends if i is not None)
         self.pages = Pages(num_pages(self.model, self.config))
-        self.runner = Runner(self.model.network, self.pages.num_pages, self.end_ids)
+        network, encoder = self.model.network, None
+        if self.model.config.vision is not None:
+            c = self.config
+            encoder = Encoder(network, step_patches=c.step_tokens, cache_bytes=c.image_cache_bytes)
+        self.runner = Runner(network, self.pages.num_pages, self.end_ids, encoder)
         pools, folder, size = self.runner.pools, self.config.cache_dir, self.config.cache_dir_bytes
         archive = None if folder is None else Archive(self.model.network, pools, folder, most_bytes=size)
         self.archive = archive
@@ -74,6 +80,7 @@ class Engine:
             reuse=self.config.prefix_cache,
             keep=None if archive is None else lambda key, page: archive.keep(key, pools, page),
             restore=None if archive is None else lambda key, page: archive.restore(key, pools, page),
+            ready=None if encoder is None else encoder.ready,
         )
         self._probe = Probe()
         self._lookup = Lookup(self.config.draft_tokens) if self.config.draft_tokens else None
@@ -82,10 +89,18 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._heard: dict[int, deque[Delta]] = {}
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None) -> int:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+        media: Sequence[Media] = (),
+    ) -> int:
         """Let a request in; its number. Raises PromptError for one that can never run, BusyError for one too many.
 
-        `constraint` says which tokens the reply may be made of; it follows this reply alone.
+        `constraint` says which tokens the reply may be made of; it follows this reply alone. `media` fill the
+        placeholders of a prompt of ids, in their order, as `Tokenizer.chat` writes them.
         """
         params = params or SamplingParams()
         ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -97,6 +112,7 @@ class Engine:
             raise BusyError(f"{len(self.scheduler.waiting)} requests are waiting already: try again later")
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         request = Request(next(self._ids), ids, params, seed, self._clock(), constraint)
+        request.media = placed(media, self.model.check_media(ids, media))
         if not self.scheduler.fits(request.longest):
             room = self.pages.num_pages * BLOCK
             raise PromptError(
@@ -157,10 +173,15 @@ class Engine:
         return deltas
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, constraint: Constraint | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        constraint: Constraint | None = None,
+        media: Sequence[Media] = (),
     ) -> Iterator[Delta]:
         """One reply, as it is written. Whoever stops listening ends it. Several may be listened to in turns."""
-        number = self.add(prompt, params, constraint=constraint)
+        number = self.add(prompt, params, constraint=constraint, media=media)
         yield from self._listen(number)
 
     def generate(
@@ -192,6 +213,7 @@ class Engine:
             "pages_published": pages.num_published,
             "pages_evicted": pages.evicted,
             "preemptions": scheduler.preemptions,
+            "images_encoded": 0 if self.runner.encoder is None else self.runner.encoder.encoded,
             **self.totals,
             **self._probe.report(),
         }
@@ -269,6 +291,8 @@ class Engine:
         """Forget a request and say all of its reply; `ended` says that its last token is no part of it."""
         self.scheduler.remove(request)
         del self._requests[request.id]
+        if request.media and self.runner.encoder is not None:
+            self.runner.encoder.forget(self._requests.values())
         if self._lookup is not None:
             self._lookup.forget(request.id)
         text = self._texts.pop(request.id)

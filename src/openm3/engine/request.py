@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from openm3.engine.constraint import Constraint
 from openm3.errors import PromptError
+from openm3.tokens.media import Media, Run
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 """Why a reply ended: stop token or string, longest length, client, time, or that no token could be drawn.
@@ -201,12 +203,40 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Media:
-    """What `count` placeholders from prompt position `first` on stand for: the hash of its content."""
+class Placed:
+    """Placeholders in a prompt: `count` from position `first` on.
 
+    They stand for tokens from `offset` on of one row of the grids of a picture or video.
+    """
+
+    media: Media
+    row: int
     first: int
+    offset: int
     count: int
-    hash: bytes
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        """What the row's content is."""
+        return self.media.digest, self.row
+
+    def within(self, first: int, stop: int) -> range:
+        """Its positions from `first` up to `stop`."""
+        return range(max(first, self.first), min(stop, self.first + self.count))
+
+
+def placed(media: Sequence[Media], found: Sequence[Run]) -> list[Placed]:
+    """Runs of placeholders, cut at the rows of their pictures' and videos' grids, ascending."""
+    parts = []
+    for run in found:
+        start = 0
+        for row, (t, h, w) in enumerate(media[run.media].grids):
+            size = t * h * w // 4
+            first, stop = max(start, run.offset), min(start + size, run.offset + run.count)
+            if first < stop:
+                parts.append(Placed(media[run.media], row, run.first + first - run.offset, first - start, stop - first))
+            start += size
+    return parts
 
 
 @dataclass(eq=False)
@@ -233,7 +263,7 @@ class Request:
     preempted: int = 0
     drafted: int = 0
     accepted: int = 0
-    media: Sequence[Media] = ()
+    media: Sequence[Placed] = ()
     begun: float | None = None
     token_times: list[float] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
@@ -264,10 +294,11 @@ class Request:
         A placeholder stands for its part of a picture or video: a number below zero, drawn from the content's hash.
         """
         names = self.ids[first:stop]
-        for media in self.media:
-            for i in range(max(first, media.first), min(stop, media.first + media.count)):
-                part = hashlib.blake2b(media.hash + (i - media.first).to_bytes(8, "big"), digest_size=8).digest()
-                names[i - first] = -1 - (int.from_bytes(part, "big") >> 1)
+        for part in self.media:
+            for i in part.within(first, stop):
+                token = struct.pack(">qq", part.row, i - part.first + part.offset)
+                digest = hashlib.blake2b(part.media.digest + token, digest_size=8).digest()
+                names[i - first] = -1 - (int.from_bytes(digest, "big") >> 1)
         return names
 
     def attend(self, seen: Attention, token: int) -> None:
@@ -285,6 +316,10 @@ class Request:
         if self.mass_S is None:
             return None
         return Attention(self.mass_S, sum(self.shares) / len(self.shares) if self.shares else None)
+
+    def sees(self, first: int, stop: int) -> bool:
+        """Whether a picture or video is among its tokens from `first` up to `stop`."""
+        return bool(self.media) and first < self.media[-1].first + self.media[-1].count and stop > self.media[0].first
 
     @property
     def num_output(self) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openm3.config import BLOCK
+from openm3.engine.encoder import Encoder
 from openm3.engine.logprobs import logprobs, prompt_logprobs
 from openm3.engine.request import Attention, Logprob, Request
 from openm3.engine.scheduler import Plan, Work
@@ -47,10 +48,20 @@ class Drawn:
 
 
 class Runner:
-    """A network and its pools of `num_pages` pages. `end_ids` are forbidden before a reply's least length."""
+    """A network and its pools of `num_pages` pages. `end_ids` are forbidden before a reply's least length.
 
-    def __init__(self, network: Network, num_pages: int, end_ids: frozenset[int] = frozenset()) -> None:
+    Pictures are there when the `encoder` has encoded them; None for a network that sees none.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        num_pages: int,
+        end_ids: frozenset[int] = frozenset(),
+        encoder: Encoder | None = None,
+    ) -> None:
         self.network = network
+        self.encoder = encoder
         self.device = network.embed.weight.device
         self.pools = network.new_pools(num_pages, network.embed.weight.dtype)
         self._end_ids = sorted(end_ids)
@@ -61,9 +72,13 @@ class Runner:
     def run(self, plan: Plan, observer: Observer | None = None) -> list[Drawn]:
         """The step's results, one for each of its works."""
         self._copy(plan.copies)
+        if self.encoder is not None:
+            self.encoder.run(writing=any(work.count == 1 for work in plan.works))
         if not plan.works:
             return []
         batch = batch_of(plan.works, self._page_rows)
+        if self.encoder is not None and (images := self.encoder.inputs(_spans(plan.works))):
+            batch = batch.with_images(*images)
         observers = [] if observer is None else [observer]
         rows: list[int] = []
         witnesses: dict[int, list[Witness]] = {}
@@ -81,7 +96,7 @@ class Runner:
         if any(work.request.params.trace for work in drawing):
             trace = Trace(self.network.config, rows, self.device)
             observers.append(trace)
-        single = not observers and len(batch.ids_T) == len(plan.works) == len(drawing)
+        single = not observers and batch.place_I is None and len(batch.ids_T) == len(plan.works) == len(drawing)
         logit_SV = self._capture.logits(batch) if single else None
         if logit_SV is not None:
             return self._draw(logit_SV.float(), drawing)
@@ -225,6 +240,14 @@ def batch_of(works: Sequence[Work], rows: PageRows | None = None) -> Batch:
         start_R1=torch.tensor(starts, dtype=torch.int32),
         length_R=torch.tensor(ends, dtype=torch.int32),
     )
+
+
+def _spans(works: Sequence[Work]) -> Iterator[tuple[Request, int, int, int]]:
+    """Each work's request, its first token and the one behind its last, and where they begin in the step."""
+    start = 0
+    for work in works:
+        yield work.request, work.first, work.first + work.count, start
+        start += work.count + len(work.draft)
 
 
 _Places = list[tuple[Request, int, tuple[int, ...]]]

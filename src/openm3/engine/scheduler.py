@@ -35,6 +35,10 @@ Restore = Callable[[bytes, int], bool]
 """Fills a page with what was kept under a hash; False if there is nothing, or nothing whole."""
 
 
+Ready = Callable[[Request, int, int], int]
+"""Told a request, a first token and a count; how many of these tokens can be computed in this step."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One request's part of a step: `count` of its tokens from `first` on, then draft tokens after its last one."""
@@ -77,7 +81,7 @@ class Scheduler:
 
     A step computes at most `step_tokens` tokens, of at most `max_requests` requests. `root` stands for what keys
     depend on beside tokens; with `reuse` false nothing is published or found. `keep` and `restore` reach pages outside
-    of the pool.
+    of the pool; `ready` knows which pictures are there.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Scheduler:
         reuse: bool = True,
         keep: Keep | None = None,
         restore: Restore | None = None,
+        ready: Ready | None = None,
     ) -> None:
         self.pages = pages
         self.step_tokens = step_tokens
@@ -98,6 +103,7 @@ class Scheduler:
         self.reuse = reuse
         self.keep = keep
         self.restore = restore
+        self.ready = ready
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
@@ -175,7 +181,7 @@ class Scheduler:
     def _fill(self, plan: Plan, propose: Propose | None) -> None:
         """Choose the work: new requests, then who writes, then who reads."""
         self._admit(plan)
-        writers = [r for r in self.running if r.remaining == 1]
+        writers = [r for r in self.running if r.remaining == 1 and not r.sees(r.computed, len(r.ids))]
         budget = self.step_tokens - len(writers)
         for request in writers:
             # One that comes earlier in this loop may have sent this one back to wait.
@@ -184,7 +190,7 @@ class Scheduler:
                 draft = self._draft(request, propose, most) if propose is not None else ()
                 plan.works.append(Work(request, request.computed, 1, draft))
                 budget -= len(draft)
-        readers = [r for r in self.running if r.remaining > 1]
+        readers = [r for r in self.running if r.remaining > 1 or r.sees(r.computed, len(r.ids))]
         if self.restore is not None:
             readers = [r for r in readers if r in self.running and not self._restored(r, plan)]
         readers.sort(key=lambda r: r.remaining)
@@ -193,6 +199,8 @@ class Scheduler:
             if count < request.remaining:
                 # Whole pages, unless that would be nothing.
                 count = (request.computed + count) // BLOCK * BLOCK - request.computed if count >= BLOCK else count
+            if self.ready is not None and request.sees(request.computed, request.computed + count):
+                count = self.ready(request, request.computed, count)
             if count > 0 and request in self.running and self._grow(request, request.computed + count, plan):
                 plan.works.append(Work(request, request.computed, count))
                 budget -= count

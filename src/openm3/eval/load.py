@@ -59,6 +59,8 @@ class Load:
     documents: Sequence[str]
     seed: int = 0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    took: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of the requests of each kind."""
 
     async def run(self, streams: int, seconds: float) -> None:
         """Go on for some time; what runs then is let end."""
@@ -82,6 +84,7 @@ class Load:
         }
         while asyncio.get_running_loop().time() < end:
             (kind,) = chance.choices(list(kinds), weights=(60, 12, 12, 6, 8, 2))
+            begin = asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(SECONDS):
                     outcome = await kinds[kind](chance)
@@ -90,6 +93,7 @@ class Load:
             except (OSError, ReplyError) as error:
                 outcome = f"no answer, {error}"
             self.outcomes[kind, outcome] += 1
+            self.took.setdefault(kind, []).append(asyncio.get_running_loop().time() - begin)
 
     def _request(self, chance: random.Random, *, stream: bool = True) -> tuple[str, dict[str, Any]]:
         path = chance.choice(PATHS)

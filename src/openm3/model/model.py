@@ -22,6 +22,7 @@ from openm3.model.network import Network
 from openm3.model.session import Session
 from openm3.ops.linear import Weight
 from openm3.ops.native import on_huge_pages
+from openm3.tokens.media import Media, Run, runs
 from openm3.tokens.tokenizer import Tokenizer
 
 WEIGHT_GROUPS: dict[str, int | None] = {"int8": 32, "int8-channel": None}
@@ -63,31 +64,67 @@ class Model:
             raise PromptError(f"{len(ids)} tokens{more} exceed the model's limit of {limit}")
         return ids
 
+    def check_media(self, ids: Sequence[int], media: Sequence[Media]) -> list[Run]:
+        """Which placeholders of a prompt stand for what of its pictures and videos; none without any of these.
+
+        Raises PromptError when they do not fit each other, or the model sees nothing.
+        """
+        if not media:
+            return []
+        if self.config.vision is None:
+            raise PromptError("this model reads text only: it has no vision tower for pictures and videos")
+        return runs(ids, media, self.config.image_id, self.config.video_id)
+
     @torch.inference_mode()
-    def logits(self, ids: Sequence[int], media: None = None) -> Tensor:
+    def logits(self, ids: Sequence[int], media: Sequence[Media] = ()) -> Tensor:
         """Next-token logits after every token, [T, V] float32, where the model is, in one pass without a cache.
 
-        Raises PromptError for ids that cannot be run. `media` is reserved for images and video, not implemented yet.
+        `media` are the pictures and videos that the placeholders stand for, in order. Raises PromptError for ids that
+        cannot be run.
         """
-        if media is not None:
-            raise PromptError("this version reads text only: media must be None")
-        batch = Batch.whole([torch.tensor(self.check_ids(ids))]).to(self.device)
-        logit_TV: Tensor = self.network(batch).float()
+        logit_TV: Tensor = self.network(self._whole(ids, media)).float()
         return logit_TV
 
-    def generate(self, ids: Sequence[int], *, max_new_tokens: int = 128, stop_ids: Sequence[int] = ()) -> Iterator[int]:
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        media: Sequence[Media] = (),
+        max_new_tokens: int = 128,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[int]:
         """Greedy tokens after a prompt, with a cache. Ends after `max_new_tokens`, or before a token of `stop_ids`.
 
-        Raises PromptError for ids that cannot be run.
+        Raises PromptError as `logits` does.
         """
         if max_new_tokens < 0:
             raise PromptError(f"max_new_tokens must not be negative, not {max_new_tokens}")
         ids = self.check_ids(ids, max_new_tokens)
-        return self._generate(ids, max_new_tokens, frozenset(stop_ids))
+        return self._generate(ids, self._seen(ids, media), max_new_tokens, frozenset(stop_ids))
 
-    def _generate(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+    def _whole(self, ids: Sequence[int], media: Sequence[Media]) -> Batch:
+        ids = self.check_ids(ids)
+        batch, seen = Batch.whole([torch.tensor(ids)]).to(self.device), self._seen(ids, media)
+        return batch if seen is None else batch.with_images(*seen)
+
+    @torch.inference_mode()
+    def _seen(self, ids: Sequence[int], media: Sequence[Media]) -> tuple[Tensor, Tensor] | None:
+        """Where placeholders stand, and what stands for them, [I, D]."""
+        places = [place for run in self.check_media(ids, media) for place in range(run.first, run.first + run.count)]
+        if not places:
+            return None
+        images = [self.network.see(torch.from_numpy(item.patch_IC), item.grids) for item in media]
+        return torch.tensor(places, device=self.device), torch.cat(images)
+
+    def _generate(
+        self,
+        ids: list[int],
+        seen: tuple[Tensor, Tensor] | None,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+    ) -> Iterator[int]:
         session = self.session(len(ids) + max_new_tokens)
-        for token in session.decode(session.read(ids), max_new_tokens):
+        for token in session.decode(session.read(ids, images=seen), max_new_tokens):
             if token in stop_ids:
                 return
             yield token
@@ -99,15 +136,15 @@ class Model:
         return Session(self.network, capacity)
 
     @torch.inference_mode()
-    def trace(self, ids: Sequence[int]) -> Trace:
-        """Run a prompt and record the blocks that every sparse layer selected."""
+    def trace(self, ids: Sequence[int], media: Sequence[Media] = ()) -> Trace:
+        """Run a prompt and record the blocks that every sparse layer selected. Raises PromptError as `logits` does."""
         blocks: dict[int, NDArray[np.int32]] = {}
 
         def observer(layer: int, heads: Heads, batch: Batch) -> None:
             if heads.block_TGK is not None:
                 blocks[layer] = heads.block_TGK.cpu().numpy().copy()
 
-        self.network.hidden(Batch.whole([torch.tensor(self.check_ids(ids))]).to(self.device), observer=observer)
+        self.network.hidden(self._whole(ids, media), observer=observer)
         return Trace(blocks)
 
 

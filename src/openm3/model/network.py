@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from openm3.model.attention import Attention, Norm, Observer
 from openm3.model.batch import Batch
 from openm3.model.linear import Linear
 from openm3.model.moe import Mlp, Moe
-from openm3.model.vision import Grid, Projector, Tower, normalised
+from openm3.model.vision import Grid, Projector, Tower, finished, normalised
 from openm3.ops.cache import Pool
 from openm3.ops.index import new_codes
 from openm3.ops.linear import linear
@@ -82,8 +82,13 @@ class Network(nn.Module):
 
     def see(self, patch_IC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """What stands for the placeholders of pictures, [I / 4, D]: for uint8 pixels [I, C] in the order of `grids`."""
-        dtype = self.vision.patch_embed.weight.dtype
-        image_ID: Tensor = self.projector(self.vision(normalised(patch_IC, dtype), grids))
+        return finished(self.looking(patch_IC, grids, patch_IC.shape[0]))
+
+    def looking(self, patch_IC: Tensor, grids: Sequence[Grid], most: int) -> Generator[float, None, Tensor]:
+        """The same in pieces, as `Tower.walk` yields them."""
+        weight = self.vision.patch_embed.weight
+        feature_IC = yield from self.vision.walk(normalised(patch_IC.to(weight.device), weight.dtype), grids, most)
+        image_ID: Tensor = self.projector(feature_IC)
         return image_ID
 
     def forward(self, batch: Batch, pools: Sequence[Pool] | None = None, observer: Observer | None = None) -> Tensor:

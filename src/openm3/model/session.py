@@ -40,9 +40,11 @@ class Session:
         chunk: int = CHUNK,
         on_progress: Callable[[int], None] | None = None,
         observer: Observer | None = None,
+        images: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Append tokens; returns the logits [V] (float32) after the last. `on_progress` gets the tokens read so far.
 
+        `images` are places among these tokens, ascending, and the inputs [I, D] that stand there for pictures.
         Interrupted between chunks, the session holds what was read and can go on from `length`.
         """
         assert ids and self.length + len(ids) <= self.capacity
@@ -51,7 +53,11 @@ class Session:
             part = torch.tensor(ids[first : first + chunk])
             end = self.length + part.shape[0]
             batch = Batch.step(part, self.length, self._page_P[: -(-end // BLOCK)])
-            hidden_TD = self.network.hidden(batch.to(self.device), self.pools, observer)
+            batch = batch.to(self.device)
+            if images is not None:
+                begin, stop = torch.searchsorted(images[0], torch.tensor([first, first + chunk], device=self.device))
+                batch = batch.with_images(images[0][begin:stop] - first, images[1][begin:stop])
+            hidden_TD = self.network.hidden(batch, self.pools, observer)
             self.length = end
             if on_progress is not None:
                 on_progress(first + part.shape[0])

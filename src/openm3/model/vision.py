@@ -6,8 +6,10 @@ grid (a picture, or a segment of a video) attends to itself alone. Four neighbou
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +48,34 @@ class Tower(nn.Module):
 
         Patches are in the order of `positions`.
         """
+        return finished(self.walk(patch_IC, grids, patch_IC.shape[0]))
+
+    def walk(self, patch_IC: Tensor, grids: Sequence[Grid], most: int) -> Generator[float, None, Tensor]:
+        """The same in pieces of at most about `most` patches of a layer, for who has other work to do between them.
+
+        Yields what was done since, in patches through all layers; a patch that attends to many counts for more.
+        """
         rope = rotary(self.config, grids, patch_IC.device)
-        x_IC = self.pre_norm(F.linear(patch_IC, self.patch_embed.weight.flatten(1)))
-        rows = _Rows(grids)
-        for layer in self.layers:
-            x_IC = layer(x_IC, rows, rope)
-        feature_IC: Tensor = x_IC
-        return feature_IC
+        groups = list(_groups(grids, most))
+        sizes = [group.rows * group.length for group in groups]
+        x_IC: Tensor = self.pre_norm(F.linear(patch_IC, self.patch_embed.weight.flatten(1)))
+        # A layer's products are 24 C^2 a patch, its attention 4 C for each other patch of the row.
+        wide = 6 * self.config.hidden_size
+        for layer in cast(Iterable[TowerLayer], self.layers):
+            qkv = [
+                layer.attn.project(layer.attn_norm(part_IC), turns)
+                for part_IC, *turns in zip(x_IC.split(most), *(x.split(most) for x in rope), strict=True)
+            ]
+            q_INH, k_INH, v_INH = (_joined(parts) for parts in zip(*qkv, strict=True))
+            done = []
+            # Splits, not slices: the gradient of a slice is as large as all there is.
+            for group, x, q, k, v in zip(groups, *(y.split(sizes) for y in (x_IC, q_INH, k_INH, v_INH)), strict=True):
+                for part, queries in zip(x.split(group.most), q.split(group.most), strict=True):
+                    y_IC = part + layer.attn.attend(queries, k, v, group.rows)
+                    done.append(y_IC + layer.mlp(layer.mlp_norm(y_IC)))
+                    yield len(y_IC) * (1 + group.length / wide) / len(self.layers)
+            x_IC = _joined(done)
+        return x_IC
 
 
 class TowerLayer(nn.Module):
@@ -64,11 +87,6 @@ class TowerLayer(nn.Module):
         self.attn = TowerAttention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = TowerMlp(config)
-
-    def forward(self, x_IC: Tensor, rows: _Rows, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x_IC = x_IC + self.attn(self.attn_norm(x_IC), rows, rope)
-        y_IC: Tensor = x_IC + self.mlp(self.mlp_norm(x_IC))
-        return y_IC
 
 
 class TowerMlp(nn.Module):
@@ -90,12 +108,15 @@ class TowerAttention(nn.Module):
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
 
-    def forward(self, x_IC: Tensor, rows: _Rows, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q_INH, k_INH, v_INH = (
-            projection(x_IC).view(x_IC.shape[0], self.num_heads, -1) for projection in (self.q, self.k, self.v)
-        )
-        q_INH, k_INH = (_rotate(x_INH, rope) for x_INH in (q_INH, k_INH))
-        y_IC: Tensor = self.o(rows.attend(q_INH, k_INH, v_INH).flatten(1))
+    def project(self, x_IC: Tensor, rope: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [I, N, H], the first two turned to their places."""
+        q, k, v = (projection(x_IC).view(x_IC.shape[0], self.num_heads, -1) for projection in (self.q, self.k, self.v))
+        return _rotate(q, rope), _rotate(k, rope), v
+
+    def attend(self, q_INH: Tensor, k_INH: Tensor, v_INH: Tensor, rows: int) -> Tensor:
+        """What queries get from their rows: all patches of `rows` of equal length, or some of the only one."""
+        q, k, v = (x_INH.unflatten(0, (rows, -1)).transpose(1, 2) for x_INH in (q_INH, k_INH, v_INH))
+        y_IC: Tensor = self.o(_attention(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1))
         return y_IC
 
 
@@ -118,44 +139,45 @@ class Projector(nn.Module):
         return y_TD
 
 
-class _Rows:
-    """Which packed patches attend to each other: rows of equal length are computed together."""
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring rows of one length that are computed together, at most `most` patches at a time."""
 
-    def __init__(self, grids: Sequence[Grid]) -> None:
-        self._lengths = [t * h * w for t, h, w in grids]
-        places: dict[int, list[int]] = defaultdict(list)
-        first = 0
-        for length in self._lengths:
-            places[length].append(first)
-            first += length
-        # Rows of one length that follow each other need no gathering.
-        self._runs = [run for length, firsts in places.items() for run in _runs(length, firsts)]
-        self._num_patches = first
+    rows: int
+    length: int
+    most: int
 
-    def attend(self, q_INH: Tensor, k_INH: Tensor, v_INH: Tensor) -> Tensor:
-        parts = {}
-        for first, count, length in self._runs:
-            own = slice(first, first + count * length)
-            q, k, v = (x_INH[own].unflatten(0, (count, length)).transpose(1, 2) for x_INH in (q_INH, k_INH, v_INH))
-            parts[first] = _attention(q, k, v).transpose(1, 2).flatten(0, 1)
-        return torch.cat([parts[first] for first in sorted(parts)]) if len(parts) != 1 else next(iter(parts.values()))
+
+def _groups(grids: Sequence[Grid], most: int) -> Iterator[Group]:
+    """All rows, in order: as many at once as make `most` patches, or one that is longer in parts of `most`."""
+    for length, same in groupby(t * h * w for t, h, w in grids):
+        left = len(list(same))
+        while left:
+            rows = min(left, max(1, most // length))
+            yield Group(rows, length, most if length > most else rows * length)
+            left -= rows
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention [rows, heads, patches, H]; with gradients in products, twice as fast as the fused backward."""
     if not (torch.is_grad_enabled() and q.requires_grad and q.device.type == "cpu"):
-        return F.scaled_dot_product_attention(q, k, v)  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(q, k, v)
     out: Tensor = (q @ (k * q.shape[-1] ** -0.5).mT).softmax(-1) @ v
     return out
 
 
-def _runs(length: int, firsts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first patch, rows, patches of each) of neighbours among rows of one length."""
-    begin = 0
-    for i in range(1, len(firsts) + 1):
-        if i == len(firsts) or firsts[i] != firsts[i - 1] + length:
-            yield firsts[begin], i - begin, length
-            begin = i
+def finished(walk: Generator[float, None, Tensor]) -> Tensor:
+    """What a walk comes to."""
+    while True:
+        try:
+            next(walk)
+        except StopIteration as end:
+            found: Tensor = end.value
+            return found
 
 
 def positions(grids: Sequence[Grid], merge: int) -> Tensor:
@@ -180,7 +202,7 @@ def rotary(config: VisionConfig, grids: Sequence[Grid], device: torch.device) ->
     return angle.cos(), angle.sin()
 
 
-def _rotate(x_INH: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x_INH: Tensor, rope: Sequence[Tensor]) -> Tensor:
     """Turn pairs of channels (i, R + i) by their angles, in the channels' dtype; what is left over stays as it is."""
     cos, sin = (x.to(x_INH.dtype) for x in rope)
     half = cos.shape[-1]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from openm3.tokens.tokenizer import Tokenizer, train_bpe
 from openm3.train.corpus import standard_library, words
 from openm3.train.data import SequenceMaker
 from openm3.train.loop import Report, Trainer, final_weights
+from openm3.train.pictures import SightMaker
 from openm3.train.recipe import RECIPES, Recipe, Stage
 
 LOG_EVERY = 25
@@ -87,7 +90,9 @@ def _work(rank: int, workers: int, meeting: Path, recipe: Recipe, out: Path) -> 
     sources = standard_library(held_out=False)
     tokenizer = Tokenizer.from_folder(out / "tokenizer")
     recipe = replace(recipe, stages=tuple(_share(stage, workers) for stage in recipe.stages))
-    maker = SequenceMaker(tokenizer, sources, words(sources), seed=1000 * recipe.seed + rank)
+    seed = 1000 * recipe.seed + rank
+    sights = None if recipe.model.vision is None else SightMaker(seed, held_out=False)
+    maker = SequenceMaker(tokenizer, sources, words(sources), seed, sights)
     lacking = missing_compiler()
     if lacking and rank == 0:
         print(f"{lacking}: training without fused operators, about half as fast")
@@ -104,7 +109,10 @@ def _work(rank: int, workers: int, meeting: Path, recipe: Recipe, out: Path) -> 
 def _share(stage: Stage, workers: int) -> Stage:
     """The stage with one worker's share of each step's tokens."""
     mixture = stage.mixture
-    return replace(stage, mixture=replace(mixture, tokens=max(mixture.length, mixture.tokens // workers)))
+    tokens, pictured = (
+        max(mixture.length, whole // workers) if whole else 0 for whole in (mixture.tokens, mixture.pictured)
+    )
+    return replace(stage, mixture=replace(mixture, tokens=tokens, pictured=pictured))
 
 
 def has_bfloat16_units() -> bool:
@@ -136,10 +144,11 @@ class _Log:
             return
         self.recent.append(report)
         last = self.recent[-1]
-        means = {name: sum(getattr(r, name) for r in self.recent) / len(self.recent) for name in _MEANS}
+        means = {name: _mean([getattr(r, name) for r in self.recent]) for name in _MEANS}
         speed = self.workers * sum(r.tokens for r in self.recent) / sum(r.seconds for r in self.recent)
         figures = (
-            f"{last.stage}: answers {means['answer_exact']:.1%}, loss {means['answer_loss']:.2f}, {speed:,.0f} tok/s"
+            f"{last.stage}: answers {means['answer_exact']:.1%}, on sight {means['seen_exact']:.1%}, "
+            f"loss {means['answer_loss']:.2f}, {speed:,.0f} tok/s"
         )
         self.bar.update(self.task, completed=report.step, figures=figures)
         if report.step % LOG_EVERY == 0:
@@ -150,8 +159,14 @@ class _Log:
                 "minutes": (time.monotonic() - self.begin) / 60,
             }
             with self.path.open("a", encoding="utf-8") as file:
-                rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+                rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items() if v == v}
                 file.write(json.dumps(rounded) + "\n")
 
 
-_MEANS = ("text_loss", "answer_loss", "answer_exact", "index_loss", "seconds")
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are numbers."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+_MEANS = ("text_loss", "answer_loss", "answer_exact", "seen_exact", "index_loss", "seconds")

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from openm3.tokens.media import Media
+from openm3.tokens.pictures import read_image
 from openm3.tokens.prompt import user_message
 from openm3.tokens.tokenizer import SPECIALS, Tokenizer
+from openm3.tokens.video import video_from_frames
 from openm3.train.corpus import Source, gather, outline
+from openm3.train.pictures import Sight, SightMaker
 from openm3.train.tasks import Question, TaskMaker
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence: ids, rotary positions, and which tokens the model is taught to answer with."""
+    """One training sequence: ids, rotary positions, and which tokens the model is taught to answer with.
+
+    `media` stand for its placeholders, in order. `seen` says that all its questions are about them.
+    """
 
     ids_T: Tensor
     position_T: Tensor
     answer_T: Tensor
+    media: tuple[Media, ...] = ()
+    seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,9 @@ class Mixture:
     `gap_share` have jumps between rotary positions, up to `max_position`; `echo_share` are made of random records told
     again and again, `crowd_share` are crowded with definitions and pass keys, as a selection from a long text is.
     Of the names asked for that are not there, at least `lookalike_share` are close to names that are.
+
+    Beside these there are `pictured` tokens of sequences in which every question is about another picture or video, and
+    `inserted_share` of the sequences of text hold one picture that is asked for among the rest.
     """
 
     length: int
@@ -45,18 +59,50 @@ class Mixture:
     echo_share: float = 0.0
     crowd_share: float = 0.3
     lookalike_share: float = 0.0
+    pictured: int = 0
+    inserted_share: float = 0.0
     max_position: int = 1_048_576
 
 
 TURN_TOKENS = 50
 """About what one question with its answer takes."""
 
+PICTURE_TURN_TOKENS = 30
+"""The same where a picture was asked about, beside its own tokens."""
+
+TIME_TOKENS = 14
+"""About what the time of two frames takes."""
+
+INSERTED_KINDS = ("number", "number", "number", "word", "colour", "shape")
+"""Kinds of pictures that stand somewhere in a text."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture or video with a question about it; of the answer `spelled` is read off it glyph by glyph.
+
+    `depth` is where it stands in a text, 0 the start, 1 the end.
+    """
+
+    media: Media
+    question: Question
+    spelled: str | None
+    depth: float
+
 
 class SequenceMaker:
     """Endless training sequences, all randomness from one seed."""
 
-    def __init__(self, tokenizer: Tokenizer, sources: Sequence[Source], words: Sequence[str], seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        words: Sequence[str],
+        seed: int,
+        sights: SightMaker | None = None,
+    ) -> None:
         self.seed = seed
+        self.sights = sights
         self.rng = random.Random(seed)
         self.tokenizer = tokenizer
         self.sources = sources
@@ -80,15 +126,20 @@ class SequenceMaker:
         documents, questions = self.tasks.make(
             documents, num_questions, room // 100 if crowded else 2, mixture.lookalike_share
         )
-        ids = self.encode(documents, questions)
+        seen = None
+        if self.sights is not None and rng.random() < mixture.inserted_share:
+            seen = self.look(self.sights.make(rng.choice(INSERTED_KINDS)))
+            questions = [seen.question, *questions]
+            rng.shuffle(questions)
+        ids = self.encode(documents, questions, seen)
         while len(ids) > mixture.length and len(questions) > 1:
-            questions = questions[:-1]
-            ids = self.encode(documents, questions)
+            questions = _without_last(questions, seen)
+            ids = self.encode(documents, questions, seen)
         if len(ids) > mixture.length:
             return self.make(mixture)
         ids = self._fill(ids, mixture.length)
         position_T = self._positions(len(ids), mixture)
-        return Sample(torch.tensor(ids), position_T, self._answers(ids))
+        return Sample(torch.tensor(ids), position_T, self._answers(ids), () if seen is None else (seen.media,))
 
     def _fill(self, ids: list[int], length: int) -> list[int]:
         """Bring a conversation to the exact length: more text at its start, after the head of the first turn."""
@@ -99,21 +150,92 @@ class SequenceMaker:
         head = len(self.tokenizer.encode("]~!b[]~b]user\n", special=True))
         return ids[:head] + filler[len(filler) - missing :] + ids[head:]
 
-    def encode(self, documents: Sequence[Source], questions: Sequence[Question]) -> list[int]:
-        """The conversation: documents and first question, its answer, then the other questions, a turn each."""
-        messages = []
+    def encode(self, documents: Sequence[Source], questions: Sequence[Question], seen: Seen | None = None) -> list[int]:
+        """The conversation: documents and first question, its answer, then the other questions, a turn each.
+
+        A picture stands at a line's end somewhere in the documents.
+        """
+        messages: list[dict[str, Any]] = []
         for i, question in enumerate(questions):
-            text = question.text if i else user_message([(d.name, d.text) for d in documents], question.text)
-            messages.append({"role": "user", "content": text})
+            content: Any = question.text
+            if i == 0:
+                content = user_message([(d.name, d.text) for d in documents], question.text)
+                if seen is not None:
+                    ends = [place.end() for place in re.finditer("\n", content)]
+                    cut = ends[int(seen.depth * len(ends))] if ends else 0
+                    content = [_text(content[:cut]), {"type": seen.media.kind}, _text(content[cut:])]
+            messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": question.answer})
-        return self.tokenizer.chat(messages, add_generation_prompt=False)
+        media = () if seen is None else (seen.media,)
+        ids = self.tokenizer.chat(messages, add_generation_prompt=False, media=media)
+        return ids if seen is None else self._spelled(ids, {questions.index(seen.question): seen.spelled})
+
+    def look(self, sight: Sight) -> Seen:
+        """A sight as the model takes it, with its question."""
+        is_video = sight.seconds is not None
+        media = video_from_frames(sight.frames, sight.seconds) if is_video else read_image(sight.frames[0])
+        question = Question(sight.kind, sight.question, sight.answer, sight.kind)
+        return Seen(media, question, sight.spelled, self.rng.random())
+
+    def pictured(self, mixture: Mixture) -> Sample:
+        """A sequence of `mixture.length` tokens in which every turn brings a picture or a video and asks about it."""
+        assert self.sights is not None
+        turns: list[Seen] = []
+        length = 0
+        while True:
+            seen = self.look(self.sights.make())
+            tokens = seen.media.num_tokens + len(seen.media.seconds or ()) * TIME_TOKENS + PICTURE_TURN_TOKENS
+            if turns and length + tokens > mixture.length:
+                break
+            if length + tokens <= mixture.length:
+                turns.append(seen)
+                length += tokens
+        messages: list[dict[str, Any]] = []
+        for seen in turns:
+            parts = [{"type": seen.media.kind}, _text(seen.question.text)]
+            messages.append({"role": "user", "content": parts if self.rng.random() < 0.7 else parts[::-1]})
+            messages.append({"role": "assistant", "content": seen.question.answer})
+        while turns:
+            media = tuple(seen.media for seen in turns)
+            ids = self.tokenizer.chat(messages[: 2 * len(turns)], add_generation_prompt=False, media=media)
+            ids = self._spelled(ids, {i: seen.spelled for i, seen in enumerate(turns)})
+            if len(ids) <= mixture.length:
+                ids = self._fill(ids, mixture.length)
+                position_T = self._positions(len(ids), mixture)
+                return Sample(torch.tensor(ids), position_T, self._answers(ids), media, seen=True)
+            turns.pop()
+        return self.pictured(mixture)
+
+    def _spelled(self, ids: list[int], spelled: Mapping[int, str | None]) -> list[int]:
+        """The conversation with parts of some answers, by their number, in tokens of one character each.
+
+        What is read from a picture is read glyph by glyph: so taught, a tenth of the pictures is enough.
+        """
+        found: list[int] = []
+        number, begin = -1, None
+        for token in ids:
+            if token == self.end_id and begin is not None:
+                part = spelled.get(number)
+                if part:
+                    text = self.tokenizer.decode(found[begin:])
+                    before, _, after = text.partition(part)
+                    space = " " if before.endswith(" ") else ""
+                    pieces = [before.removesuffix(" "), space + part[0], *part[1:], after]
+                    found[begin:] = [token for piece in pieces if piece for token in self.tokenizer.encode(piece)]
+                begin = None
+            found.append(token)
+            if token == self.think_id:
+                number, begin = number + 1, len(found)
+        return found
 
     def batch(self, mixture: Mixture) -> list[Sample]:
-        """Sequences for one step, about `mixture.tokens` in all."""
-        return [
+        """Sequences for one step, about `mixture.tokens` of text in all, and `mixture.pictured` with pictures."""
+        texts = [
             self.echo(mixture) if self.rng.random() < mixture.echo_share else self.make(mixture)
             for _ in range(max(1, mixture.tokens // mixture.length))
         ]
+        count = 0 if self.sights is None else mixture.pictured // mixture.length
+        return texts + [self.pictured(mixture) for _ in range(count)]
 
     def echo(self, mixture: Mixture) -> Sample:
         """Random records (a few tokens of name, a few of value), told in random order until the sequence is full.
@@ -156,6 +278,16 @@ class SequenceMaker:
                 step[cut] += int(total * share / sum(shares))
         position_T = step.cumsum(0) - 1
         return position_T + rng.randrange(mixture.max_position - int(position_T[-1]))
+
+
+def _without_last(questions: Sequence[Question], seen: Seen | None) -> list[Question]:
+    """All but the last question that is not about the picture."""
+    last = max(i for i, question in enumerate(questions) if seen is None or question is not seen.question)
+    return [*questions[:last], *questions[last + 1 :]]
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 class Prefetcher:

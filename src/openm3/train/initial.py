@@ -11,6 +11,7 @@ those tokens, so it starts from both, in the spirit of mimetic initialisation (T
 - In the matching layers the content channels of a query read "this token, the one before, the one before that", those
   of a key read "the token before, ...": their product is large where the same text stood before.
 - The index branch of every layer starts as a copy of the attention it is to predict.
+- What stands for a picture has the constant channel too, and fills the content's part of the stream.
 
 Everything is trained from there on; nothing is frozen.
 """
@@ -18,7 +19,7 @@ Everything is trained from there on; nothing is frozen.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm3.model.attention import Attention
 from openm3.model.moe import Moe
@@ -43,6 +44,8 @@ def initialise(network: Network, seed: int) -> None:
             p.zero_()
         else:
             p.copy_(normal(*p.shape, scale=0.02 if name == "head.weight" else p.shape[-1] ** -0.5))
+    if network.config.vision is not None:
+        _initialise_vision(network)
     wiring = _Wiring(network, normal(network.config.hidden_size, network.config.hidden_size, scale=1.0))
     network.embed.weight.zero_()
     network.embed.weight[:, : wiring.content] = normal(network.config.vocab_size, wiring.content, scale=0.5)
@@ -59,6 +62,22 @@ def initialise(network: Network, seed: int) -> None:
             wiring.match(attention)
         if attention.sparse and attention.config.index_dim == attention.config.head_dim:
             _copy_to_index(attention)
+
+
+def _initialise_vision(network: Network) -> None:
+    """Plain norms, small outputs, and tokens that look like embeddings: content, and the constant channel."""
+    for module in network.vision.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
+    patch = network.vision.patch_embed.weight
+    patch.mul_((patch.shape[-1] / patch[0].numel()) ** 0.5)
+    for name, weight in network.vision.named_parameters():
+        if name.endswith("attn.o.weight"):
+            weight.mul_(0.3)
+    content = network.config.hidden_size // 3 - 1
+    merge = network.projector.merge_2
+    merge.weight[content:].mul_(0.1)
+    merge.bias[content] = 1.0
 
 
 class _Wiring:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,23 +22,31 @@ from openm3.model.attention import Heads
 from openm3.model.batch import Batch
 from openm3.model.moe import Router
 from openm3.model.network import Network
+from openm3.model.vision import normalised
 from openm3.ops.dispatch import use
+from openm3.tokens.media import Media
 from openm3.train.data import Mixture, Prefetcher, Sample, SequenceMaker
 from openm3.train.index_loss import index_kl
 from openm3.train.initial import initialise
 from openm3.train.optim import Muon
 from openm3.train.recipe import Recipe, Stage
 
+PATCHES = 512
+"""Patches are computed in multiples of this many."""
+
+_INSIDE = ("layers.", "vision.", "projector.")
+
 
 @dataclass(frozen=True)
 class Report:
-    """What one step measured. Losses in nats a token, speed in tokens a second."""
+    """What one step measured. Losses in nats a token, speed in tokens a second; `seen_exact` is of answers on sight."""
 
     step: int
     stage: str
     text_loss: float
     answer_loss: float
     answer_exact: float
+    seen_exact: float
     index_loss: float
     tokens: int
     seconds: float
@@ -91,8 +99,8 @@ class Trainer:
             losses.append(index_kl(heads, batch, chosen, selected=stage.selected))
 
         with self._fast():
-            hidden_TD = self.network.hidden(batch, observer=observer)
-            text, answer, exact = self._language_losses(hidden_TD, rows)
+            hidden_TD = self.network.hidden(self._with_images(batch, rows), observer=observer)
+            text, answer, exact, seen = self._language_losses(hidden_TD, rows)
             index = torch.stack(losses).sum()
             (self.recipe.text_weight * text + answer + self.recipe.index_weight * index).backward()
         self._average_gradients()
@@ -103,7 +111,7 @@ class Trainer:
             self.kept.append((stage.kept, weights))
         tokens = int(batch.ids_T.shape[0])
         seconds = time.perf_counter() - begin
-        return Report(self.step, stage.name, text.item(), answer.item(), exact, index.item(), tokens, seconds)
+        return Report(self.step, stage.name, text.item(), answer.item(), exact, seen, index.item(), tokens, seconds)
 
     def stage(self) -> Stage:
         """The stage that the next step belongs to."""
@@ -170,11 +178,42 @@ class Trainer:
                     yield stage.mixture
             done += stage.steps
 
-    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float]:
-        """Mean next-token losses on some text and some answer tokens, and the share of the latter guessed right."""
+    def _with_images(self, batch: Batch, samples: list[Sample]) -> Batch:
+        """The batch with what its pictures are to the network, in bfloat16 where products are."""
+        media = [one for sample in samples for one in sample.media]
+        if not media:
+            return batch
+        # In the order of their sizes: rows of one length are computed together.
+        rows = [(grid, patch_IC) for one in media for grid, patch_IC in zip(one.grids, _rows(one), strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
+        grids = [rows[i][0] for i in order]
+        patch_IC = torch.cat([rows[i][1] for i in order])
+        # Whole multiples: the library prepares its products anew for every new shape.
+        if missing := -patch_IC.shape[0] % PATCHES:
+            patch_IC = F.pad(patch_IC, (0, 0, 0, missing))
+            grids.append((1, 2, missing // 2))
+        dtype = torch.bfloat16 if self.low_precision else torch.float32
+        feature_IC = _in(dtype, self.network.vision, normalised(patch_IC, dtype), grids)
+        image_ID = _in(dtype, self.network.projector, feature_IC).float()
+        parts = image_ID.split([t * h * w // self.network.projector.merged for t, h, w in grids])
+        found = dict(zip(order, parts, strict=False))
+        place_I = self._is_media(batch.ids_T).nonzero()[:, 0]
+        return batch.with_images(place_I, torch.cat([found[i] for i in range(len(rows))]))
+
+    def _is_media(self, ids_T: Tensor) -> Tensor:
+        """Which tokens stand for pictures or videos."""
+        config = self.network.config
+        placeholders = [i for i in (config.image_id, config.video_id) if i is not None]
+        return torch.isin(ids_T, torch.tensor(placeholders))
+
+    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float, float]:
+        """Mean next-token losses on some text and some answer tokens, and the share of the latter guessed right.
+
+        The last value is this share among the answers about pictures alone, NaN without any.
+        """
         target_T = torch.cat([F.pad(r.ids_T[1:], (0, 1), value=-1) for r in rows])
         answer_T = torch.cat([F.pad(r.answer_T[1:], (0, 1), value=False) for r in rows])
-        text_S = (~answer_T & (target_T >= 0)).nonzero()[:, 0]
+        text_S = (~answer_T & (target_T >= 0) & ~self._is_media(target_T)).nonzero()[:, 0]
         answer_S = answer_T.nonzero()[:, 0]
         count = int(target_T.shape[0] * self.recipe.loss_share)
         answer_S = answer_S[torch.randperm(answer_S.shape[0], generator=self.rows)[: count * 3 // 4]]
@@ -183,8 +222,9 @@ class Trainer:
         token_S = torch.cat((answer_S, text_S))
         logit_SV = self.network.head(hidden_TD[token_S]).float()
         loss_S = F.cross_entropy(logit_SV, target_T[token_S], reduction="none")
-        right = (logit_SV[:split].argmax(-1) == target_T[answer_S]).float().mean()
-        return loss_S[split:].mean(), loss_S[:split].mean(), right.item()
+        right_S = (logit_SV[:split].argmax(-1) == target_T[answer_S]).float()
+        seen_S = torch.cat([torch.full_like(r.ids_T, int(r.seen)) for r in rows])[answer_S].bool()
+        return loss_S[split:].mean(), loss_S[:split].mean(), right_S.mean().item(), right_S[seen_S].mean().item()
 
     def _index_rows(self, row: Sample) -> Tensor:
         """Tokens whose index loss counts: half of them before answer tokens, the others anywhere."""
@@ -197,6 +237,9 @@ class Trainer:
         """Mean gradients over the workers, in one transfer."""
         if not dist.is_initialized():
             return
+        # Where one worker saw no picture others may have seen some.
+        for p in self.network.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
@@ -224,12 +267,25 @@ def final_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def _rows(media: Media) -> Sequence[Tensor]:
+    """The patches of each row of its grids."""
+    patches: Sequence[Tensor] = torch.from_numpy(media.patch_IC).split([t * h * w for t, h, w in media.grids])
+    return patches
+
+
+def _in(dtype: torch.dtype, module: nn.Module, *inputs: Any) -> Tensor:
+    """What a module makes of inputs with its weights in a dtype; its own stay as they are, and get the gradients."""
+    weights = {name: value.to(dtype) for name, value in module.named_parameters()}
+    out: Tensor = torch.func.functional_call(module, weights, inputs)
+    return out
+
+
 def _split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
     """Matrices inside the layers, for Muon; everything else, for AdamW."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     routers = {id(p) for m in network.modules() if isinstance(m, Router) for p in m.parameters()}
     for name, p in network.named_parameters():
-        inside = name.startswith("layers.") and p.ndim >= 2 and id(p) not in routers
+        inside = name.startswith(_INSIDE) and p.ndim >= 2 and id(p) not in routers
         (matrices if inside else others).append(p)
     return matrices, others

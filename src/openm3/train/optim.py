@@ -32,7 +32,7 @@ def orthogonalised(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.fl
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for parameters of two or more axes (a third axis is a stack of matrices)."""
+    """Momentum, orthogonalised, for matrices, stacks of them (three axes) and convolutions (taken as matrices)."""
 
     def __init__(
         self,
@@ -57,6 +57,8 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(p.grad.lerp(momentum, group["momentum"]), dtype=self.dtype)
+                moved = p.grad.lerp(momentum, group["momentum"])
+                matrix = moved.flatten(1) if moved.ndim > 3 else moved
+                update = orthogonalised(matrix, dtype=self.dtype).view_as(p)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from openm3.config import ModelConfig
+from openm3.config import ModelConfig, VisionConfig
+from openm3.tokens.tokenizer import SPECIALS
 from openm3.train.data import Mixture
 
 
@@ -49,8 +50,9 @@ class Recipe:
         return sum(stage.steps for stage in self.stages)
 
 
-def tiny_model(vocab_size: int, num_layers: int = 6) -> ModelConfig:
+def tiny_model(vocab_size: int, num_layers: int = 6, vision: VisionConfig | None = None) -> ModelConfig:
     """The shape of m3-tiny: every layer sparse and a mixture of experts, as in M3.1-Flash."""
+    first_control = vocab_size - len(SPECIALS)
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -66,15 +68,24 @@ def tiny_model(vocab_size: int, num_layers: int = 6) -> ModelConfig:
         num_experts=8,
         num_active=2,
         index_dim=64,
-        bos_id=vocab_size - 61 + 34,
-        eos_id=vocab_size - 61 + 20,
+        bos_id=first_control + SPECIALS.index("]~!b["),
+        eos_id=first_control + SPECIALS.index("[e~["),
+        image_id=None if vision is None else first_control + SPECIALS.index("]<]image[>["),
+        video_id=None if vision is None else first_control + SPECIALS.index("]<]video[>["),
+        vision=vision,
     )
 
 
-_PASSAGES = Mixture(length=512, tokens=4096, max_questions=6, echo_share=0.05)
-_PAGES = Mixture(length=2048, tokens=4096, max_questions=12)
-_CROWDS = Mixture(length=2048, tokens=4096, max_questions=16, crowd_share=0.6)
-_SELECTED = Mixture(length=4096, tokens=8192, max_questions=24, crowd_share=0.6)
+TINY_VISION = VisionConfig(
+    hidden_size=256, intermediate_size=1024, num_layers=6, num_heads=4, projector_hidden_size=384
+)
+"""The eyes of m3-tiny: as many weights as the rest of it."""
+
+
+_GLIMPSES = Mixture(length=512, tokens=1024, max_questions=6, echo_share=0.1, pictured=4096, inserted_share=0.2)
+_PAGES = Mixture(length=2048, tokens=4096, max_questions=12, pictured=4096, inserted_share=0.3)
+_CROWDS = Mixture(length=2048, tokens=4096, max_questions=16, crowd_share=0.6, pictured=4096, inserted_share=0.3)
+_SELECTED = Mixture(length=4096, tokens=8192, max_questions=24, crowd_share=0.6, pictured=8192, inserted_share=0.3)
 _LOOKALIKES = replace(_CROWDS, crowd_share=0.7, lookalike_share=0.7)
 _SELECTED_LOOKALIKES = replace(_SELECTED, crowd_share=0.7, lookalike_share=0.7)
 
@@ -82,9 +93,9 @@ RECIPES = {
     "m3-tiny": Recipe(
         name="m3-tiny",
         vocab_size=4096,
-        model=tiny_model(4096),
+        model=tiny_model(4096, vision=TINY_VISION),
         stages=(
-            Stage("passages", 400, _PASSAGES, selected=False),
+            Stage("glimpses", 2600, _GLIMPSES, selected=False),
             Stage("pages", 250, _PAGES, selected=False),
             Stage("crowds", 700, _CROWDS, selected=False, rate=(1.0, 0.2)),
             Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03), kept=1),
@@ -93,4 +104,5 @@ RECIPES = {
         ),
     ),
 }
-"""Recipes by name. m3-tiny: dense warm-up on short sequences, then 4,096 tokens of which 2,048 are selected, twice."""
+"""Recipes by name. m3-tiny: pictures and short texts first, then longer texts beside them, in a dense warm-up; at last
+4,096 tokens of which 2,048 are selected, twice."""

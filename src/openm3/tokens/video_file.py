@@ -35,6 +35,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         try:
             self._container = av.open(
                 io.BytesIO(data),
+                mode="r",
                 format=_DEMUXERS[name],
                 options=options,
                 metadata_errors="replace",
@@ -102,6 +103,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             raise PromptError(f"the video lasts {self.duration:,.0f} s, more than {self._limits.video_seconds:,.0f} s")
 
     def _demuxed(self, stream: av.VideoStream) -> list[av.Packet[av.VideoStream]]:
+        """All packets of the stream that are there, every one with a time."""
         packets: list[av.Packet[av.VideoStream]] = []
         try:
             for packet in self._container.demux(stream):
@@ -159,7 +161,7 @@ def _tolerant(context: av.VideoCodecContext, packet: av.Packet[av.VideoStream] |
     """The frames that a packet completes, or, for None, all that are left; none if it is damaged."""
     try:
         return context.decode(packet)
-    except FFmpegError:
+    except Exception:  # a decoder can fail in any way on such bytes
         return []
 
 
@@ -178,4 +180,5 @@ def _refuse_other_files(url: str, flags: int, options: dict[str, str]) -> NoRetu
 
 
 def _damaged(error: Exception) -> PromptError:
-    return PromptError(f"the video is damaged or was cut off: {error or type(error).__name__}")
+    reason = getattr(error, "strerror", None) or str(error)
+    return PromptError(f"the video is damaged or was cut off: {reason or type(error).__name__}")

@@ -18,8 +18,6 @@ from openm3.tokens.sources import MediaLimits
 
 # FFmpeg is told the container, and so never tries the many formats that can name other files or addresses.
 _DEMUXERS = {"MP4": "mov", "MOV": "mov", "Matroska": "matroska", "AVI": "avi"}
-_INDEXED = ("MP4", "MOV", "Matroska")
-"""Containers whose keyframe flags can be trusted."""
 
 
 class VideoFile(AbstractContextManager["VideoFile"]):
@@ -56,8 +54,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def frames(self, chosen: Sequence[int]) -> Iterator[tuple[float, Image.Image]]:
         """The chosen frames in ascending order with their times, upright and in RGB.
 
-        In place of one that cannot be decoded comes the next that can, if there is one. Raises PromptError if there is
-        none at all.
+        Those that cannot be decoded are left out. Raises PromptError if none can.
         """
         wanted = [self._pts[i] for i in chosen]
         found = False
@@ -109,7 +106,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             for packet in self._container.demux(stream):
                 if not packet.size:
                     continue
-                if packet.pts is None:
+                if packet.pts is None or self._name == "AVI":
                     packet.pts = packet.dts if packet.dts is not None else len(packets)
                 packets.append(packet)
                 if len(packets) > self._limits.video_frames:
@@ -120,22 +117,27 @@ class VideoFile(AbstractContextManager["VideoFile"]):
 
     def _decoded(self, wanted: set[int]) -> Iterator[av.VideoFrame]:
         """Frames in the order they are shown: those of the wanted times, and others that had to be decoded for them."""
-        context, fed = self._context, False
+        if self._name == "AVI":
+            # It says when packets are decoded, not when frames are shown: they come in order, one a packet.
+            frames = (frame for packet in [*self._packets, None] for frame in _tolerant(self._context, packet))
+            for pts, frame in zip(self._pts, frames, strict=False):
+                frame.pts = pts
+                yield frame
+            return
+        fed = False
         for packet, needed in zip(self._packets, self._needed(wanted), strict=True):
             if needed:
                 # What nothing refers to costs nothing.
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-                yield from _tolerant(context, packet)
+                self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                yield from _tolerant(self._context, packet)
             elif fed:
-                yield from _tolerant(context, None)
-                context.flush_buffers()
+                yield from _tolerant(self._context, None)
+                self._context.flush_buffers()
             fed = needed
-        yield from _tolerant(context, None)
+        yield from _tolerant(self._context, None)
 
     def _needed(self, wanted: set[int]) -> list[bool]:
         """Which packets must be decoded: for each wanted one those from the keyframe before it on."""
-        if self._name not in _INDEXED:
-            return [True] * len(self._packets)
         needed = [False] * len(self._packets)
         keys: list[int] = []
         start = end = 0

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, WebPImagePlugin
+from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 
 from openm3.errors import PromptError
 from openm3.tokens.media import Media
 from openm3.tokens.pixels import IMAGE_BUDGETS, Detail, check_size_options, cut, resize, target_size
-from openm3.tokens.sources import PICTURES, MediaLimits, format_of, read_source, refusal
+from openm3.tokens.sources import PICTURES, VIDEOS, MediaLimits, format_of, read_source, refusal
 
 assert WebPImagePlugin.SUPPORTED, "this build of Pillow reads no WEBP"
 
@@ -64,9 +64,10 @@ def read_image(
     if isinstance(source, np.ndarray):
         picture = _of_array(source)
     elif isinstance(source, Image.Image):
-        picture = _decoded(source, limits)
+        picture = source
     else:
-        picture = _decoded(_opened(read_source(source, limits.image_bytes), limits), limits)
+        picture = _opened(read_source(source, limits.image_bytes), limits)
+    picture = _decoded(picture, limits)
     size = (picture.height, picture.width)
     height, width = target_size(size, IMAGE_BUDGETS[options.detail], options.max_long_side_pixel)
     frame_HWC = resize(picture, (height, width))
@@ -85,6 +86,8 @@ class Animation:
         try:
             picture = _opened(data, limits)
             count = getattr(picture, "n_frames", 1)
+            if count < 2:
+                raise refusal(data, "a video", VIDEOS)
             pixels = count * picture.width * picture.height
             if count > limits.video_frames or pixels > _MAX_ANIMATION * limits.image_pixels:
                 size = f"{picture.width}x{picture.height}"
@@ -110,7 +113,9 @@ class Animation:
         for i in chosen:
             try:
                 picture.seek(i)
-                frame = _rgb(picture)
+                picture.load()
+                # A copy, since the next frame is drawn over this one.
+                frame = _rgb(picture.copy())
             except Exception as error:
                 raise _damaged(error) from None
             yield self.seconds[i], frame
@@ -125,19 +130,17 @@ def _opened(data: bytes, limits: MediaLimits) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=(name,))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PromptError(f"the picture has more than {limits.image_pixels:,} pixels") from None
+    except UnidentifiedImageError:
+        raise PromptError(f"the {name} picture is damaged or cut off: its header cannot be read") from None
     except Exception as error:
         raise _damaged(error) from None
-    if picture.width * picture.height > limits.image_pixels:
-        raise PromptError(
-            f"the picture has {picture.width}x{picture.height} pixels, more than {limits.image_pixels:,} together"
-        )
+    _check_pixels(picture, limits)
     return picture
 
 
 def _decoded(picture: Image.Image, limits: MediaLimits) -> Image.Image:
     """The picture upright and in RGB."""
-    if picture.width * picture.height > limits.image_pixels:
-        raise PromptError(f"the picture has more than {limits.image_pixels:,} pixels")
+    _check_pixels(picture, limits)
     try:
         picture.load()
         rgb = _rgb(picture)
@@ -176,7 +179,13 @@ def _of_array(array: NDArray[np.uint8]) -> Image.Image:
         )
     if not array.size:
         raise PromptError("an array of a picture must not be empty")
-    return _rgb(Image.fromarray(np.ascontiguousarray(array)))
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(picture: Image.Image, limits: MediaLimits) -> None:
+    if picture.width * picture.height > limits.image_pixels:
+        size = f"{picture.width}x{picture.height}"
+        raise PromptError(f"the picture has {size} pixels, more than {limits.image_pixels:,} together")
 
 
 def _damaged(error: Exception) -> PromptError:

@@ -127,7 +127,7 @@ def sampled(seconds: Sequence[float], duration: float, options: VideoOptions) ->
     count = max(min(options.min_frames, len(seconds)), min(options.max_frames, wanted))
     step = 1 / options.fps if count == wanted else duration / count
     place_N = np.searchsorted(np.asarray(seconds), np.arange(count) * step - _EARLY)
-    return [int(i) for i in np.unique(np.minimum(place_N, len(seconds) - 1))]
+    return [int(i) for i in np.unique(place_N[place_N < len(seconds)])]
 
 
 def _made(shown: Iterable[tuple[float, Image.Image]], num_frames: int, options: VideoOptions) -> Media:

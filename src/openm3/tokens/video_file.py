@@ -18,8 +18,6 @@ from openm3.tokens.sources import MediaLimits
 
 # FFmpeg is told the container, and so never tries the many formats that can name other files or addresses.
 _DEMUXERS = {"MP4": "mov", "MOV": "mov", "Matroska": "matroska", "AVI": "avi"}
-_INDEXED = ("MP4", "MOV", "Matroska")
-"""Containers whose keyframe flags can be trusted."""
 
 
 class VideoFile(AbstractContextManager["VideoFile"]):
@@ -35,6 +33,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
         try:
             self._container = av.open(
                 io.BytesIO(data),
+                mode="r",
                 format=_DEMUXERS[name],
                 options=options,
                 metadata_errors="replace",
@@ -55,8 +54,7 @@ class VideoFile(AbstractContextManager["VideoFile"]):
     def frames(self, chosen: Sequence[int]) -> Iterator[tuple[float, Image.Image]]:
         """The chosen frames in ascending order with their times, upright and in RGB.
 
-        In place of one that cannot be decoded comes the next that can, if there is one. Raises PromptError if there is
-        none at all.
+        Those that cannot be decoded are left out. Raises PromptError if none can.
         """
         wanted = [self._pts[i] for i in chosen]
         found = False
@@ -102,12 +100,13 @@ class VideoFile(AbstractContextManager["VideoFile"]):
             raise PromptError(f"the video lasts {self.duration:,.0f} s, more than {self._limits.video_seconds:,.0f} s")
 
     def _demuxed(self, stream: av.VideoStream) -> list[av.Packet[av.VideoStream]]:
+        """All packets of the stream that are there, every one with a time."""
         packets: list[av.Packet[av.VideoStream]] = []
         try:
             for packet in self._container.demux(stream):
                 if not packet.size:
                     continue
-                if packet.pts is None:
+                if packet.pts is None or self._name == "AVI":
                     packet.pts = packet.dts if packet.dts is not None else len(packets)
                 packets.append(packet)
                 if len(packets) > self._limits.video_frames:
@@ -118,22 +117,27 @@ class VideoFile(AbstractContextManager["VideoFile"]):
 
     def _decoded(self, wanted: set[int]) -> Iterator[av.VideoFrame]:
         """Frames in the order they are shown: those of the wanted times, and others that had to be decoded for them."""
-        context, fed = self._context, False
+        if self._name == "AVI":
+            # It says when packets are decoded, not when frames are shown: they come in order, one a packet.
+            frames = (frame for packet in [*self._packets, None] for frame in _tolerant(self._context, packet))
+            for pts, frame in zip(self._pts, frames, strict=False):
+                frame.pts = pts
+                yield frame
+            return
+        fed = False
         for packet, needed in zip(self._packets, self._needed(wanted), strict=True):
             if needed:
                 # What nothing refers to costs nothing.
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-                yield from _tolerant(context, packet)
+                self._context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+                yield from _tolerant(self._context, packet)
             elif fed:
-                yield from _tolerant(context, None)
-                context.flush_buffers()
+                yield from _tolerant(self._context, None)
+                self._context.flush_buffers()
             fed = needed
-        yield from _tolerant(context, None)
+        yield from _tolerant(self._context, None)
 
     def _needed(self, wanted: set[int]) -> list[bool]:
         """Which packets must be decoded: for each wanted one those from the keyframe before it on."""
-        if self._name not in _INDEXED:
-            return [True] * len(self._packets)
         needed = [False] * len(self._packets)
         keys: list[int] = []
         start = end = 0
@@ -159,7 +163,7 @@ def _tolerant(context: av.VideoCodecContext, packet: av.Packet[av.VideoStream] |
     """The frames that a packet completes, or, for None, all that are left; none if it is damaged."""
     try:
         return context.decode(packet)
-    except FFmpegError:
+    except Exception:  # a decoder can fail in any way on such bytes
         return []
 
 
@@ -178,4 +182,5 @@ def _refuse_other_files(url: str, flags: int, options: dict[str, str]) -> NoRetu
 
 
 def _damaged(error: Exception) -> PromptError:
-    return PromptError(f"the video is damaged or was cut off: {error or type(error).__name__}")
+    reason = getattr(error, "strerror", None) or str(error)
+    return PromptError(f"the video is damaged or was cut off: {reason or type(error).__name__}")

@@ -24,6 +24,7 @@ CAPTION_SIZES = (84, 112, 112, 140)
 def _clip(path: Path) -> Image.Image:
     with Image.open(path) as image:
         drawn = image.convert("RGBA")
+    drawn = drawn.crop(drawn.getchannel("A").getbbox())
     drawn.thumbnail((128, 128), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return drawn
 

@@ -17,7 +17,7 @@ _BUTTON_WORDS = """
     OK Cancel Save Open Close Delete Next Back Yes No Help Search Login Exit Send Print Edit Add Copy Paste Undo Start
     Stop Play Pause Reset Apply Retry Skip Done Quit Share Home Menu Sign Buy Pay Book Find Sort New More Less Up Down
 """
-_FIELD_WORDS = "Name City Email Phone Street Title Date User Price Size Code Country Age Number State Color Year Note"
+_FIELD_WORDS = "Name City Email Phone Street Date User Price Size Code Country Age Number State Color Year Note"
 _OPTION_WORDS = "Sound Music Wifi Dark Light Backup Sync Alarm Video Mail News Grid Radio Cloud Photo Lock"
 BUTTONS, FIELDS, OPTIONS = _BUTTON_WORDS.split(), _FIELD_WORDS.split(), _OPTION_WORDS.split()
 

@@ -221,7 +221,7 @@ def position(painter: Painter) -> Sight:
         if len(scene.placed) < 2:
             continue
         one, other = rng.sample(scene.placed, 2)
-        side = _side(one.box, other.box)
+        side = side_of(one.box, other.box)
         if side is not None:
             break
     else:
@@ -242,7 +242,7 @@ def position(painter: Painter) -> Sight:
     return scene.sight("position", question, answers[side], one.box)
 
 
-def _side(one: Box, other: Box) -> str | None:
+def side_of(one: Box, other: Box) -> str | None:
     """On which side of `other` the first box lies; None unless it is plain."""
     x = (one[0] + one[2] - other[0] - other[2]) / 2
     y = (one[1] + one[3] - other[1] - other[3]) / 2

@@ -40,7 +40,9 @@ MIN_INK = 0.22
 """How much of the box around a letter is filled on average, at least: hairlines vanish in small writing."""
 
 _UNFIT = re.compile(
-    r"text|notes|sudoku|digits|page|license|cards|chess|mask|logo|shape_|screenshot|(left|right)\d", re.I
+    r"text|notes|sudoku|digits|page|license|cards|chess|mask|logo|shape_|screenshot|(left|right)\d|blob|ellipses|pca_|"
+    r"te?mpl|ml\.png|pic\d|phantom|/fuzzy/|color\.png|coins|smarties|ColorfulCups",
+    re.IGNORECASE,
 )
 """Photos full of writing or of plain shapes, which would be mistaken for what was painted on them."""
 
@@ -109,11 +111,13 @@ class Sources:
 def find_sources(*, held_out: bool) -> Sources:
     """What this machine has. Raises DocumentError if that is too little to make pictures from."""
     designs: dict[str, list[Face]] = {}
-    for face in _faces(_files(_font_folders(), (".ttf", ".otf"))):
+    # Packages share files: one of each name.
+    files = {path.name: path for path in _files(_font_folders(), (".ttf", ".otf"))}
+    for face in _faces(files[name] for name in sorted(files)):
         if is_held_out(f"font {face.design}") == held_out:
             designs.setdefault(face.design, []).append(face)
     legible = readable([designs[d] for d in sorted(designs)])
-    photos = [p for p in _photo_files() if is_held_out(f"photo {p.stem}") == held_out]
+    photos = [p for p in _photo_files() if is_held_out(f"photo {_scene(p)}") == held_out]
     clips = [(p, noun) for p, noun in _clip_art() if is_held_out(f"clip {p.stem}") == held_out]
     if len(legible) < MIN_FAMILIES or len(photos) < MIN_PHOTOS:
         raise DocumentError(
@@ -134,9 +138,8 @@ def _package_folders(package: str, inside: str) -> list[Path]:
 
 
 def _files(folders: Iterable[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """Files of every folder, one of each name."""
-    found = {p.name: p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file()}
-    return [found[name] for name in sorted(found)]
+    """Files of all folders and the folders in them, sorted by path."""
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
 
 
 def _faces(paths: Iterable[Path]) -> Iterator[Face]:
@@ -207,7 +210,15 @@ def readable(designs: Sequence[Sequence[Face]]) -> list[list[Face]]:
 def _photo_files() -> list[Path]:
     folders = [Path(f) for f in PHOTO_FOLDERS] + _package_folders("skimage", "data")
     paths = _files(folders, (".jpg", ".jpeg", ".png", ".webp"))
-    return [p for p in paths if p.stat().st_size > 20_000 and not _UNFIT.search(str(p))]
+    fit = [p for p in paths if p.stat().st_size > 20_000 and not _UNFIT.search(str(p))]
+    # Of a wallpaper, which comes in many sizes, the first one.
+    return list({p.parents[2] if p.parents[1].name == "contents" else p: p for p in reversed(fit)}.values())[::-1]
+
+
+def _scene(path: Path) -> str:
+    """What a photo shows, as its name tells: views of one thing share it, so that they fall on one side of the split."""
+    named = path.parents[2] if path.parents[1].name == "contents" else path
+    return named.stem[:4].lower()
 
 
 @cache
@@ -223,12 +234,12 @@ def photo(path: Path) -> Image.Image:
 
 
 def _clip_art() -> list[tuple[Path, str]]:
-    """Clip art whose file name begins with a noun of a plain list; files of megabytes take too long to open."""
+    """Clip art whose file name begins with a noun of a plain list; large files take too long to open."""
     found = []
-    for path in _files([Path(CLIP_ART_FOLDER)], (".png",)):
+    for path in {p.name: p for p in _files([Path(CLIP_ART_FOLDER)], (".png",))}.values():
         parts = re.split(r"[^a-z]+", path.stem.lower())
-        noun = next((p for p in parts[:2] if p in NOUNS), None)
-        if noun and "icons" not in path.parts and "flag" not in str(path) and path.stat().st_size < 200_000:
+        noun = next((_SAME_THING.get(p, p) for p in parts[:2] if _SAME_THING.get(p, p) in NOUNS), None)
+        if noun and not _OTHER_THING.search(str(path)) and path.stat().st_size < 200_000:
             found.append((path, noun))
     return found
 
@@ -244,17 +255,20 @@ def _words(held_out: bool) -> list[str]:
 
 
 _NOUN_LIST = """
-    airplane ambulance anchor apple ant axe baby bag ball balloon banana barrel bear bed bee bell bicycle bike
-    bird boat book boot bottle bow box bread bridge broom bucket bug bulb bus butterfly cake calculator camera
-    candle candy car carrot castle cat chair cheese cherry chicken church clock cloud clown coin cow crab crown
-    cup deer dice dog dolphin door dragon drum duck eagle egg elephant envelope eye fire fish flower foot fork fox
-    frog ghost glass glasses globe goat guitar hamburger hammer hand hat heart helicopter horse hourglass house
-    jacket key keyboard kite knife ladder lamp laptop leaf lemon lightbulb lion lizard lock magnet map mask
-    microscope monkey moon motorcycle mountain mouse mushroom needle octopus orange owl panda pear pen pencil
-    penguin phone piano pig pineapple pizza plane pumpkin rabbit radio rainbow robot rocket rose sailboat saw
-    scissors screwdriver shark sheep shell shield ship shirt shoe skull snail snake snowman sock spider spoon
-    squirrel star strawberry sun sword table teapot telephone telescope tent tiger tomato tooth tower tractor
-    train tree truck trumpet turtle umbrella violin watch whale wheel wrench zebra
+    airplane ambulance anchor ant apple axe ball balloon banana barrel bear bed bee bell bicycle bird boat book boot
+    bottle bow box bread bridge broom bug bus butterfly cake calculator camera candle candy car carrot castle cat
+    chair cheese cherry church clock cloud clown coin cow crab crown cup deer dice dog dolphin door dragon duck
+    eagle egg elephant envelope eye fire fish flower fork fox frog ghost globe goat guitar hamburger hammer hand hat
+    heart helicopter horse hourglass house key keyboard kite knife ladder lamp laptop leaf lemon lightbulb lion
+    lizard lock magnet microscope monkey moon mountain mouse mushroom octopus orange owl panda pear pen pencil
+    penguin phone piano pig pineapple pizza pumpkin rabbit rainbow robot rocket rose saw scissors screwdriver shark
+    sheep shield ship shirt shoe skull snail snake snowman sock spider spoon squirrel star strawberry sun sword
+    teapot telescope tent tiger tomato tooth tractor train tree truck trumpet turtle umbrella violin whale wrench
+    zebra
 """
 NOUNS = frozenset(_NOUN_LIST.split())
 """What clip art is said to show."""
+
+_SAME_THING = {"telephone": "phone", "bulb": "lightbulb", "bike": "bicycle", "sailboat": "boat", "ship": "boat"}
+_OTHER_THING = re.compile(r"/icons/|/flags/|(hot|pie|juice|extinguisher|slice|aiga|rpg|sign)[^/]*$")
+"""Files that a noun of the list names without being a picture of it."""

@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[float, Callable[[Painter], Sight]]] = {
     "chart": (6, charts.chart),
     "screen": (7, screens.screen),
     "video": (4, videos.video),
+    "minute": (1, videos.minute),
     "video_number": (1, videos.video_number),
     "caption": (4, captions.caption),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from openm3.train.sights.canvas import MIN_CONTRAST, Box, Colour, Painter, ink_for, luminance_range, paste
+from openm3.train.sights.canvas import MIN_CONTRAST, Box, Colour, Painter, contrast, ink_for, luminance_range, paste
 from openm3.train.sights.sight import Sight, point_text
 from openm3.train.sights.sources import cap_height
 
@@ -111,9 +111,10 @@ def where_word(painter: Painter) -> Sight:
 
 def ink(painter: Painter, image: Image.Image, box: Box) -> Colour:
     """A colour that stands out from the part of the image that it is painted on."""
-    # Accessibility rules ask for more of small writing, too.
-    wanted = MIN_CONTRAST * 1.5 if box[3] - box[1] < 22 else MIN_CONTRAST
-    return ink_for(*luminance_range(image, box), painter.rng, wanted)
+    darkest, lightest = luminance_range(image, box)
+    # Small writing and restless backgrounds ask for more.
+    hard = box[3] - box[1] < 22 or contrast(darkest, lightest) > 1.3
+    return ink_for(darkest, lightest, painter.rng, MIN_CONTRAST * 1.5 if hard else MIN_CONTRAST)
 
 
 def free_place(
@@ -160,9 +161,11 @@ def _written(
         width, height = rng.choice(sizes)
         if rng.random() < 0.15:
             width, height = width + rng.randint(-13, 13), height + rng.randint(0, 20)
+        elif rng.random() < 0.05:
+            width, height = 3 * width // 2, 3 * height // 2
         face = painter.sources.face(rng)
         degrees = painter.degrees()
-        size = painter.fitting(drawn, face, width - 6, height - 6, 10, 60)
+        size = painter.fitting(drawn, face, width - 6, height - 6, 10, 64)
         if size is None:
             continue
         mask = painter.letters(drawn, face, size, degrees)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
@@ -12,6 +14,7 @@ from openm3.train.sights.sight import Sight
 from openm3.train.sights.text import cased, free_place, ink, random_word
 
 MIN_FRAMES, MAX_FRAMES = 8, 60
+"""Of a video; that is also its length in seconds."""
 WHEN_QUESTIONS = (
     "At which second does {} appear?",
     "At which second does {} appear?",
@@ -24,10 +27,15 @@ READ_QUESTIONS = ("What number appears in the video?", "Which number does the vi
 def video(painter: Painter, num_frames: int | None = None) -> Sight:
     """When a number, word or shape shows, among frames without anything or with other things."""
     rng = painter.rng
-    num_frames = num_frames or (MAX_FRAMES if rng.random() < 0.15 else rng.randint(MIN_FRAMES, MAX_FRAMES))
+    num_frames = num_frames or rng.randint(MIN_FRAMES, MAX_FRAMES)
     frames, at, name, _ = _frames(painter, num_frames, rng.choice(("number", "number", "word", "shape", "shape")), 3)
     question = rng.choice(WHEN_QUESTIONS).format(name)
     return Sight(frames, _seconds(num_frames), question, when_text(at), str(at), "video", at=float(at))
+
+
+def minute(painter: Painter) -> Sight:
+    """The same in a video of 60 seconds."""
+    return replace(video(painter, MAX_FRAMES), kind="minute")
 
 
 def video_number(painter: Painter) -> Sight:

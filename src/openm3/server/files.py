@@ -25,6 +25,7 @@ from openm3.server.settings import ServerSettings
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _MOST_LISTED = 10_000
+_CONTENT = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 Upload = Annotated[UploadFile, File(description="The file itself.")]
 Purpose = Annotated[str, Form(max_length=64, description="What it is for, e.g. `video_understanding`.")]
@@ -207,7 +208,7 @@ def routes(store: FileStore) -> APIRouter:
         """What is known of a file."""
         return _as_openai(await asyncio.to_thread(store.get, file_id))
 
-    @router.get("/{file_id}/content", response_class=FileResponse)
+    @router.get("/{file_id}/content", response_class=FileResponse, responses={200: _CONTENT})
     async def file_content(file_id: str) -> FileResponse:
         """A file's content, as it was uploaded."""
         file = await asyncio.to_thread(store.get, file_id)

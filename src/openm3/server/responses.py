@@ -154,6 +154,8 @@ def _schema(body: CountRequest) -> Mapping[str, Any] | Literal[True] | None:
 
 def _messages(body: CountRequest) -> list[dict[str, Any]]:
     """The conversation in OpenAI's older format; what the assistant did between two others' turns is one message."""
+    if body.input == []:
+        raise RequestError("input must be a text or hold at least one item", param="input")
     found = [{"role": "system", "content": body.instructions}] if body.instructions else []
     for item in _items(body.input):
         match item:
@@ -171,13 +173,11 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": ""})
                 _add(item, found[-1])
-    if all(message["role"] == "system" for message in found) and not body.input:
-        raise RequestError("input must be a text or hold at least one item", param="input")
     return found
 
 
-def _items(given: str | Sequence[Item] | None) -> Sequence[Item]:
-    return [MessageItem(role="user", content=given)] if isinstance(given, str) else given or ()
+def _items(given: str | Sequence[Item]) -> Sequence[Item]:
+    return [MessageItem(role="user", content=given)] if isinstance(given, str) else given
 
 
 def _add(item: Item, message: dict[str, Any]) -> None:

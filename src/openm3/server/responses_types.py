@@ -171,7 +171,7 @@ class CountRequest(Open):
     """A conversation. Without `reasoning` the model itself decides whether to think."""
 
     model: str | None = None
-    input: TextOr[Item] | None = None
+    input: TextOr[Item]
     instructions: str | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from openm3.server.calls import Call
 from openm3.server.errors import RequestError
@@ -15,6 +15,8 @@ from openm3.server.service import Service
 
 class TokenizeRequest(BaseModel):
     """A text or a conversation. The model's tokenizer adds no tokens of its own to a text."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     model: str | None = None
     prompt: str | None = Field(None, description="A text; what reads like a control token becomes one.")

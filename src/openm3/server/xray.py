@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from openm3.config import BLOCK
 from openm3.evidence.places import decoded
@@ -46,6 +46,8 @@ class ContextBody(BaseModel):
 
 class BlockBody(BaseModel):
     """A block of a context. `context` is the name that /xray/context gave it; without one, the conversation itself."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["messages"]}, {"required": ["context"]}]})
 
     block: int = Field(ge=0)
     context: str | None = None
@@ -150,7 +152,7 @@ def routes(service: Serves) -> APIRouter:
     async def context(body: ContextBody) -> ContextReply:
         return (await contexts.get(body)).described()
 
-    @router.post("/xray/block", summary="The text of one block, with its document and lines")
+    @router.post("/xray/block", summary="The text of one block, with its document and lines", responses={404: {}})
     async def block(body: BlockBody) -> BlockReply:
         if body.context is not None and (kept := contexts.kept(body.context)):
             return kept.block(body.block)

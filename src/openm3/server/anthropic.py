@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 from uuid import uuid4
@@ -29,6 +30,8 @@ from openm3.server.anthropic_types import (
 )
 from openm3.server.calls import Call, Event, Finished, Serves, Started
 from openm3.server.errors import RequestError, error_body
+from openm3.server.extras import extra
+from openm3.server.parts import with_documents
 from openm3.server.protocol import (
     answer,
     check_end,
@@ -74,7 +77,8 @@ def routes(service: Serves) -> APIRouter:
             top_k=body.top_k,
             stop=body.stop_sequences or (),
         )
-        events = service.stream(_call(body, params))
+        call = replace(_call(body, params), evidence=bool(body.evidence), xray=bool(body.xray))
+        events = service.stream(call)
         omits = body.thinking is not None and body.thinking.display == "omitted"
         reply = _Reply(model, getattr(request.state, "request_id", ""), omit_thinking=omits)
         return await answer(reply, events, request, stream=body.stream, ping=PING)
@@ -96,7 +100,7 @@ def _call(body: CountRequest, params: SamplingParams | None = None) -> Call:
     thinking, budget = _thinking(body.thinking)
     return checked(
         Call(
-            messages=_messages(body),
+            messages=with_documents(_messages(body), body.documents),
             tools=_functions(body.tools or ()),
             tool_choice=choice,
             parallel_tool_calls=parallel,
@@ -287,7 +291,8 @@ class _Reply:
         usage = _usage(finished.usage, finished.thinking_tokens)
         self.body |= ending
         self.body["usage"] |= usage
-        yield {"type": "message_delta", "delta": ending, "usage": usage}
+        found = extra(finished)
+        yield {"type": "message_delta", "delta": ending, "usage": usage} | ({"openm3": found} if found else {})
         yield {"type": "message_stop"}
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from openm3.engine.request import SamplingParams
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
+from openm3.server.parts import with_documents
 from openm3.server.protocol import (
     TEMPERATURE,
     TOP_P,
@@ -59,7 +61,7 @@ def routes(service: Serves) -> APIRouter:
         longest = service.max_tokens if body.max_output_tokens is None else body.max_output_tokens
         params = sampling(service, longest, temperature=body.temperature, top_p=body.top_p, field="max_output_tokens")
         tools = _Tools(body.tools or ())
-        call = _call(body, tools, params)
+        call = replace(_call(body, tools, params), evidence=bool(body.evidence), xray=bool(body.xray))
         response = _response(body, model, tools)
         check_json(response)
         summarise = body.reasoning is not None and body.reasoning.summary is not None
@@ -115,7 +117,7 @@ def _call(body: CountRequest, tools: _Tools, params: SamplingParams) -> Call:
     thinks = body.reasoning is None or body.reasoning.effort != "none"
     return checked(
         Call(
-            messages=_messages(body),
+            messages=with_documents(_messages(body), body.documents),
             tools=functions,
             tool_choice=choice,
             parallel_tool_calls=body.parallel_tool_calls is not False,

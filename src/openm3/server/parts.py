@@ -60,7 +60,8 @@ def with_documents(messages: Sequence[dict[str, Any]], documents: Sequence[Docum
     for i, message in enumerate(messages):
         if message.get("role") == "user":
             content = message.get("content")
-            own = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+            text = [{"type": "text", "text": content}] if isinstance(content, str) else [content] if content else []
+            own = content if isinstance(content, list) else text
             return [*messages[:i], {**message, "content": [*written, *own]}, *messages[i + 1 :]]
     raise RequestError("documents need a message of role user to stand in", param="documents")
 

@@ -9,7 +9,6 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from time import time
 from typing import Annotated, BinaryIO, Literal
 from uuid import uuid4
@@ -22,6 +21,7 @@ from openm3.errors import ConfigError
 from openm3.server.errors import RequestError
 from openm3.server.openai_bodies import MiniMaxStatus
 from openm3.server.settings import ServerSettings
+from openm3.server.temporary import TemporaryFolder
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _MOST_LISTED = 10_000
@@ -51,8 +51,12 @@ class FileStore:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._is_temporary = settings.files_dir is None
-        self._folder = settings.files_dir or Path(mkdtemp(prefix="openm3-files-"))
+        self._temporary: TemporaryFolder | None = None
+        if settings.files_dir is None:
+            self._temporary = TemporaryFolder()
+            self._folder = self._temporary.path
+            return
+        self._folder = settings.files_dir
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -69,6 +73,8 @@ class FileStore:
             raise RequestError(f"the file is longer than {settings.max_file_bytes} bytes", status=413, param="file")
         if size + sum(file.bytes for file in self.files()) > settings.max_files_bytes:
             raise RequestError("there is no room for more files: delete some", status=413, param="file")
+        if self._temporary is not None:
+            self._temporary.make()
         now = int(time())
         file = StoredFile(f"file-{uuid4().hex}", size, now, now + int(settings.file_seconds), filename, purpose)
         with open(self._folder / f"{file.id}.part", "wb") as target:
@@ -107,8 +113,8 @@ class FileStore:
 
     def close(self) -> None:
         """Remove a temporary folder with all that is in it."""
-        if self._is_temporary:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()
 
     def _read(self, name: str) -> StoredFile | None:
         try:

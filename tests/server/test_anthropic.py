@@ -166,6 +166,16 @@ def test_an_empty_reply_and_events_that_are_not_told() -> None:
     assert post(reply(Looked([1], [[[[0]]]]))).json()["content"] == []
 
 
+def test_no_token_is_a_prompt_read_and_nothing_said() -> None:
+    service = reply(Thinking("Hm."), Content("H"))
+    told = post(service, max_tokens=0, thinking={"type": "adaptive"}, tool_choice={"type": "auto"}).json()
+    Message.model_validate(told)
+    assert service.calls[0].params.max_tokens == 1
+    assert (told["content"], told["stop_reason"], told["stop_sequence"]) == ([], "max_tokens", None)
+    assert (told["usage"]["input_tokens"], told["usage"]["output_tokens"]) == (7, 0)
+    assert told["usage"]["output_tokens_details"] == {"thinking_tokens": 0}
+
+
 def test_thoughts_that_are_not_to_be_shown_travel_in_the_signature() -> None:
     thinking = {"type": "adaptive", "display": "omitted"}
     told = post(reply(Thinking("Hm."), Content("Hi.")), thinking=thinking).json()
@@ -327,7 +337,14 @@ def test_what_clients_add_is_let_through() -> None:
     ("fields", "words"),
     [
         ({"max_tokens": None}, "max_tokens"),
-        ({"max_tokens": 0}, "greater than or equal to 1"),
+        ({"max_tokens": -1}, "greater than or equal to 0"),
+        ({"max_tokens": 0, "stream": True}, "max_tokens is 0, which asks for no reply: leave out stream"),
+        ({"max_tokens": 0, "thinking": {"type": "enabled", "budget_tokens": 5}}, "leave out thinking"),
+        (
+            {"max_tokens": 0, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}},
+            "tool_choice",
+        ),
+        ({"max_tokens": 0, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
         ({"max_tokens": 524289}, "max_tokens must be at most 524288, not 524289"),
         ({"max_tokens": 10**30}, "at most 524288"),
         ({"max_tokens": "64"}, "valid integer"),
@@ -394,7 +411,7 @@ def test_threads_are_refused_in_words_that_anthropics_client_acts_on() -> None:
         assert (response.status_code, service.calls) == (400, [])
         details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
         assert response.json()["error"]["details"] == details
-    assert "details" not in post(service, max_tokens=0).json()["error"]
+    assert "details" not in post(service, max_tokens=-1).json()["error"]
 
 
 def test_counting_needs_no_length() -> None:

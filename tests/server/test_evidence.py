@@ -204,6 +204,14 @@ def test_other_protocols_tell_the_same(client: TestClient, path: str) -> None:
     assert not any("openm3" in json.dumps(event) for event in events_of(client, path, plain))
 
 
+def test_a_prompt_is_read_for_the_cache_alone(client: TestClient) -> None:
+    sent = {"model": "m3-tiny", "max_tokens": 0, "messages": [{"role": "user", "content": 20 * FILES["fish.py"]}]}
+    first, second = (client.post("/v1/messages", json=sent).json() for _ in range(2))
+    assert first["content"] == [] and first["usage"]["output_tokens"] == 0
+    assert first["usage"]["cache_read_input_tokens"] == 0
+    assert second["usage"]["cache_read_input_tokens"] >= 3 * BLOCK
+
+
 @pytest.mark.parametrize(("path", "count"), [("/v1/messages", "/count_tokens"), ("/v1/responses", "/input_tokens")])
 def test_documents_are_counted(client: TestClient, path: str, count: str) -> None:
     sent = {"model": "m3-tiny", **OTHERS[path]}

@@ -42,7 +42,7 @@ from openm3.server.protocol import (
     tool_call,
     unseal,
 )
-from openm3.server.stream import EVENT_STREAM, packet
+from openm3.server.stream import EVENT_STREAM, packet, without_text
 from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
 
 PING = packet({"type": "ping"}, "ping")
@@ -71,7 +71,7 @@ def routes(service: Serves) -> APIRouter:
             )
         params = sampling(
             service,
-            body.max_tokens,
+            max(body.max_tokens, 1),
             temperature=body.temperature,
             top_p=body.top_p,
             top_k=body.top_k,
@@ -79,6 +79,9 @@ def routes(service: Serves) -> APIRouter:
         )
         call = replace(_call(body, params), evidence=bool(body.evidence), xray=bool(body.xray))
         events = service.stream(call)
+        if not body.max_tokens:
+            _check_silent(body)
+            events = without_text(events)
         omits = body.thinking is not None and body.thinking.display == "omitted"
         reply = _Reply(model, getattr(request.state, "request_id", ""), omit_thinking=omits)
         return await answer(reply, events, request, stream=body.stream, ping=PING)
@@ -110,6 +113,19 @@ def _call(body: CountRequest, params: SamplingParams | None = None) -> Call:
             params=params or SamplingParams(),
         )
     )
+
+
+def _check_silent(body: MessagesRequest) -> None:
+    """Without a token the prompt is only read, for the cache: raises RequestError for what says how to reply."""
+    says = {
+        "stream": body.stream,
+        "thinking": body.thinking is not None and body.thinking.type == "enabled",
+        "output_config": body.output_format or (body.output_config and body.output_config.format),
+        "tool_choice": body.tool_choice is not None and body.tool_choice.type in ("any", "tool"),
+    }
+    for name, is_said in says.items():
+        if is_said:
+            raise RequestError(f"max_tokens is 0, which asks for no reply: leave out {name}", param=name)
 
 
 def _choice(choice: ToolChoice | None) -> tuple[str, bool]:

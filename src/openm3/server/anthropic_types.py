@@ -136,7 +136,7 @@ class CountRequest(Open):
 class MessagesRequest(CountRequest):
     """A conversation and how its next message is to be written. A `thread`, of which only the end comes, is refused."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=0, description="0 reads the prompt into the cache, and replies nothing")
     stream: bool | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)

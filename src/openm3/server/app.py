@@ -40,7 +40,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(module.routes(service))
     app.include_router(files.routes(store))
     for kind in (OpenM3Error, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _told)
+        app.add_exception_handler(kind, told)
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings)
@@ -57,19 +57,19 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def told(request: Request, error: Exception) -> Response:
     """A failure in the words of the path's protocol."""
     headers = None
     if isinstance(error, RequestError):
-        told = error
+        known = error
     elif isinstance(error, RequestValidationError):
-        told = _invalid(error.errors())
+        known = _invalid(error.errors())
     elif isinstance(error, HTTPException):
-        told = RequestError(_reason(error, request), status=error.status_code)
+        known = RequestError(_reason(error, request), status=error.status_code)
         headers = error.headers
     else:
-        told = refusal(error)
-    return respond(told, request.scope, headers)
+        known = refusal(error)
+    return respond(known, request.scope, headers)
 
 
 def _reason(error: HTTPException, request: Request) -> str:

@@ -13,16 +13,17 @@ from functools import cache
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from openm3.config import BLOCK
 from openm3.errors import OpenM3Error
 from openm3.model.checkpoint import BUNDLED
 from openm3.server import page, xray
+from openm3.server.app import told
 from openm3.server.calls import Call
-from openm3.server.errors import RequestError, error_body, refusal
+from openm3.server.errors import RequestError
 from openm3.server.stream import event_stream, packet
 from openm3.tokens import StreamDecoder, Tokenizer
 
@@ -79,14 +80,8 @@ def make_app(service: FakeService) -> FastAPI:
     app.include_router(page.routes(service))  # type: ignore[arg-type]
     app.include_router(xray.routes(service))  # type: ignore[arg-type]
 
-    @app.exception_handler(OpenM3Error)
-    async def refused(request: Request, error: OpenM3Error) -> Response:
-        known = refusal(error)
-        return JSONResponse(error_body(known, request.url.path, "req-1"), status_code=known.status)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return JSONResponse(error_body(RequestError(str(error)), request.url.path, "req-1"), status_code=400)
+    for kind in (OpenM3Error, RequestValidationError):
+        app.add_exception_handler(kind, told)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -10,8 +10,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
+from openm3.model.model import Model
 from openm3.server.access import Access
+from openm3.server.app import create_app
 from openm3.server.settings import ServerSettings
+from tests.server.serving import serving
 
 KEYS = ("first-key", "clé")
 
@@ -122,3 +125,47 @@ def test_allowed_origins_and_keyed_servers_are_called_from_elsewhere() -> None:
     assert ask(LOCKED, origin=origin, host="evil.example", x_api_key="first-key").status_code == 200
     everywhere = ServerSettings(host="0.0.0.0", allow_unauthenticated=True)
     assert ask(everywhere, host="any.example").status_code == 200
+
+
+ORIGIN = "http://page.example"
+KEYED = ServerSettings(api_keys=KEYS, cors_origins=(ORIGIN,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "origin", "allowed"),
+    [
+        (ServerSettings(cors_origins=(ORIGIN,)), ORIGIN, True),
+        (ServerSettings(cors_origins=("*",)), ORIGIN, True),
+        (KEYED, ORIGIN, True),
+        (ServerSettings(cors_origins=(ORIGIN,)), "http://evil.example", False),
+        (KEYED, "http://evil.example", False),
+        (ServerSettings(), ORIGIN, False),
+        (LOCKED, ORIGIN, False),
+    ],
+)
+def test_browsers_are_told_whose_pages_may_ask(
+    model: Model, settings: ServerSettings, origin: str, allowed: bool
+) -> None:
+    async def whole() -> None:
+        async with serving(model, settings) as service:
+            transport = httpx.ASGITransport(create_app(service))
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+                asks = {
+                    "origin": origin,
+                    "access-control-request-method": "POST",
+                    "access-control-request-headers": "authorization,content-type,anthropic-version",
+                }
+                # Before they ask, without a key.
+                before = await client.options("/v1/messages", headers=asks)
+                after = await client.get("/v1/models", headers={"origin": origin, "x-api-key": "first-key"})
+                refused = await client.get("/v1/nothing", headers={"origin": origin})
+        whom = {response.headers.get("access-control-allow-origin") for response in (before, after, refused)}
+        assert whom == ({None} if not allowed else {"*"} if settings.cors_origins == ("*",) else {origin})
+        assert (before.status_code == 200) == allowed
+        if allowed:
+            assert "POST" in before.headers["access-control-allow-methods"]
+            assert "anthropic-version" in before.headers["access-control-allow-headers"]
+            assert after.status_code == 200
+            assert after.headers["access-control-expose-headers"] == "x-request-id"
+
+    asyncio.run(whole())

@@ -16,11 +16,10 @@ from starlette.testclient import TestClient
 from openm3.engine.request import Usage
 from openm3.errors import BusyError, EngineError, PromptError
 from openm3.server import stream
-from openm3.server.anthropic import routes
 from openm3.server.calls import Call, Finished, Looked, Started
 from openm3.server.protocol import seal
 from openm3.tokens import Content, Thinking
-from tests.server.fake_protocols import USAGE, Fake, app_of, events_of, reply, tool_events, whole_turn
+from tests.server.fake import USAGE, FakeService, app_of, called, events_of, saying, whole_turn
 
 WEATHER = {
     "name": "get_weather",
@@ -34,13 +33,13 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"model": "m3-tiny", "max_tokens": 64, "messages": [USER], **fields}
 
 
-def post(service: Fake, path: str = "/v1/messages", **fields: Any) -> Any:
-    return TestClient(app_of(routes(service))).post(path, json=body(**fields))
+def post(service: FakeService, path: str = "/v1/messages", **fields: Any) -> Any:
+    return TestClient(app_of(service)).post(path, json=body(**fields))
 
 
 def call_for(**fields: Any) -> Call:
     """The call that a request becomes."""
-    service = reply(Content("Hi."))
+    service = saying(Content("Hi."))
     response = post(service, **fields)
     assert response.status_code == 200, response.text
     return service.calls[0]
@@ -48,7 +47,7 @@ def call_for(**fields: Any) -> Call:
 
 def refusal(**fields: Any) -> str:
     """Why a request is refused."""
-    service = reply()
+    service = saying()
     response = post(service, **fields)
     assert (response.status_code, service.calls) == (400, [])
     told = response.json()
@@ -150,27 +149,37 @@ def test_usage_comes_first_as_an_estimate_and_last_as_it_was() -> None:
     ],
 )
 def test_why_it_stopped(finished: dict[str, Any], reason: str, sequence: str | None) -> None:
-    whole = post(reply(Content("Hi."), **finished)).json()
-    delta = events_of(post(reply(Content("Hi."), **finished), stream=True).text)[-2][1]["delta"]
+    whole = post(saying(Content("Hi."), **finished)).json()
+    delta = events_of(post(saying(Content("Hi."), **finished), stream=True).text)[-2][1]["delta"]
     assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, sequence)
     assert delta == {"stop_reason": reason, "stop_sequence": sequence}
 
 
 def test_a_call_that_was_cut_off_keeps_the_reason() -> None:
-    events = tool_events(0, "get_weather", {"city": "Par"}, complete=False)
-    told = post(reply(*events, reason="length")).json()
+    events = called(0, "get_weather", {"city": "Par"}, complete=False)
+    told = post(saying(*events, reason="length")).json()
     assert (told["content"][0]["input"], told["stop_reason"]) == ({"city": "Par"}, "max_tokens")
 
 
 def test_an_empty_reply_and_events_that_are_not_told() -> None:
-    assert post(reply(Looked([1], [[[[0]]]]))).json()["content"] == []
+    assert post(saying(Looked([1], [[[[0]]]]))).json()["content"] == []
+
+
+def test_no_token_is_a_prompt_read_and_nothing_said() -> None:
+    service = saying(Thinking("Hm."), Content("H"))
+    told = post(service, max_tokens=0, thinking={"type": "adaptive"}, tool_choice={"type": "auto"}).json()
+    Message.model_validate(told)
+    assert service.calls[0].params.max_tokens == 1
+    assert (told["content"], told["stop_reason"], told["stop_sequence"]) == ([], "max_tokens", None)
+    assert (told["usage"]["input_tokens"], told["usage"]["output_tokens"]) == (7, 0)
+    assert told["usage"]["output_tokens_details"] == {"thinking_tokens": 0}
 
 
 def test_thoughts_that_are_not_to_be_shown_travel_in_the_signature() -> None:
     thinking = {"type": "adaptive", "display": "omitted"}
-    told = post(reply(Thinking("Hm."), Content("Hi.")), thinking=thinking).json()
+    told = post(saying(Thinking("Hm."), Content("Hi.")), thinking=thinking).json()
     assert told["content"][0] == {"type": "thinking", "thinking": "", "signature": seal("Hm.")}
-    events = events_of(post(reply(Thinking("Hm."), Content("Hi.")), thinking=thinking, stream=True).text)
+    events = events_of(post(saying(Thinking("Hm."), Content("Hi.")), thinking=thinking, stream=True).text)
     assert [data["delta"]["type"] for name, data in events if name == "content_block_delta"] == [
         "signature_delta",
         "text_delta",
@@ -327,7 +336,14 @@ def test_what_clients_add_is_let_through() -> None:
     ("fields", "words"),
     [
         ({"max_tokens": None}, "max_tokens"),
-        ({"max_tokens": 0}, "greater than or equal to 1"),
+        ({"max_tokens": -1}, "greater than or equal to 0"),
+        ({"max_tokens": 0, "stream": True}, "max_tokens is 0, which asks for no reply: leave out stream"),
+        ({"max_tokens": 0, "thinking": {"type": "enabled", "budget_tokens": 5}}, "leave out thinking"),
+        (
+            {"max_tokens": 0, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}},
+            "tool_choice",
+        ),
+        ({"max_tokens": 0, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config"),
         ({"max_tokens": 524289}, "max_tokens must be at most 524288, not 524289"),
         ({"max_tokens": 10**30}, "at most 524288"),
         ({"max_tokens": "64"}, "valid integer"),
@@ -335,9 +351,9 @@ def test_what_clients_add_is_let_through() -> None:
         ({"messages": []}, "at least 1 item"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "'user', 'assistant' or 'system'"),
         ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "valid list"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "Field required"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "field required"),
         ({"messages": [{"role": "user", "content": [{"type": "txt"}]}]}, "'txt' is not understood in user content"),
-        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "type: Field required"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "type: field required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
             "image blocks are not supported",
@@ -363,7 +379,7 @@ def test_what_clients_add_is_let_through() -> None:
         ({"tools": [{"name": "x"}]}, "tools.0 needs a name and an input_schema"),
         ({"tools": [{"input_schema": {}}]}, "tools.0 needs a name and an input_schema"),
         ({"output_config": {"format": {"type": "json_object"}}}, "'json_schema'"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "schema: Field required"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "schema: field required"),
     ],
 )
 def test_what_is_wrong_is_said(fields: dict[str, Any], words: str) -> None:
@@ -380,26 +396,26 @@ def test_blocks_have_their_place(role: str, kind: str) -> None:
 @pytest.mark.parametrize("inside", ["NaN", "Infinity", '"\\ud800"', "[" * 400 + "]" * 400])
 def test_values_that_are_no_json(inside: str) -> None:
     text = json.dumps(body(tools=[WEATHER | {"input_schema": {"default": "HERE"}}])).replace('"HERE"', inside)
-    service = reply(Content("Hi."))
-    client = TestClient(app_of(routes(service)), raise_server_exceptions=False)
+    service = saying(Content("Hi."))
+    client = TestClient(app_of(service), raise_server_exceptions=False)
     response = client.post("/v1/messages", content=text, headers={"content-type": "application/json"})
     assert response.status_code == (200 if inside.startswith("[") else 400)
 
 
 def test_threads_are_refused_in_words_that_anthropics_client_acts_on() -> None:
     """Passed over, a conversation would go on without all that was said before."""
-    service = reply()
+    service = saying()
     for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
         response = post(service, thread=thread)
         assert (response.status_code, service.calls) == (400, [])
         details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
         assert response.json()["error"]["details"] == details
-    assert "details" not in post(service, max_tokens=0).json()["error"]
+    assert "details" not in post(service, max_tokens=-1).json()["error"]
 
 
 def test_counting_needs_no_length() -> None:
-    service = reply()
-    client = TestClient(app_of(routes(service)))
+    service = saying()
+    client = TestClient(app_of(service))
     request = {"model": "m3-tiny", "messages": [USER], "system": "Be brief.", "tools": [WEATHER]}
     for prefix in ("", "/anthropic"):
         response = client.post(f"{prefix}/v1/messages/count_tokens", json=request)
@@ -410,7 +426,7 @@ def test_counting_needs_no_length() -> None:
 
 
 def test_the_same_stands_under_anthropic() -> None:
-    assert post(reply(Content("Hi.")), "/anthropic/v1/messages?beta=true").json()["content"][0]["text"] == "Hi."
+    assert post(saying(Content("Hi.")), "/anthropic/v1/messages?beta=true").json()["content"][0]["text"] == "Hi."
 
 
 @pytest.mark.parametrize(
@@ -423,12 +439,12 @@ def test_the_same_stands_under_anthropic() -> None:
 )
 def test_calls_that_are_not_let_in(error: Exception, status: int, kind: str) -> None:
     for stream_it in (False, True):
-        response = post(Fake(error), stream=stream_it)
+        response = post(FakeService([error]), stream=stream_it)
         assert (response.status_code, response.json()["error"]["type"]) == (status, kind)
 
 
 def test_errors_in_the_middle_of_a_stream(caplog: pytest.LogCaptureFixture) -> None:
-    service = Fake(Started(3), Content("Hi"), ValueError("secret"))
+    service = FakeService([Started(3), Content("Hi"), ValueError("secret")])
     events = events_of(post(service, stream=True).text)
     assert [name for name, _ in events] == ["message_start", "content_block_start", "content_block_delta", "error"]
     assert events[-1][1]["error"]["type"] == "api_error"
@@ -440,8 +456,8 @@ def test_errors_in_the_middle_of_a_stream(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize(("reason", "status"), [("abort", 503), ("error", 500)])
 def test_replies_that_were_broken_off(reason: str, status: int) -> None:
     script = (Started(3), Content("Hi"), Finished(reason, USAGE))  # type: ignore[arg-type]
-    assert post(Fake(*script)).status_code == status
-    name, data = events_of(post(Fake(*script), stream=True).text)[-1]
+    assert post(FakeService(script)).status_code == status
+    name, data = events_of(post(FakeService(script), stream=True).text)[-1]
     assert (name, data["type"]) == ("error", "error")
 
 
@@ -449,12 +465,12 @@ def test_pings_fill_silences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "PING_SECONDS", 0.01)
     gate = asyncio.Event()
 
-    class Slow(Fake):
+    class Slow(FakeService):
         async def stream(self, call: Call) -> Any:
             async for event in super().stream(call):
                 yield event
                 asyncio.get_running_loop().call_later(0.05, gate.set)
 
-    events = events_of(post(Slow(Started(3), gate, Finished("stop", Usage(3, 0, 1))), stream=True).text)
+    events = events_of(post(Slow([Started(3), gate, Finished("stop", Usage(3, 0, 1))]), stream=True).text)
     assert ("ping", {"type": "ping"}) in events
     assert [name for name, _ in events if name != "ping"] == ["message_start", "message_delta", "message_stop"]

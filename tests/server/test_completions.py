@@ -11,7 +11,7 @@ from openm3.engine.request import Logprob
 from openm3.server.calls import Call, PromptScores, Scores, Started
 from openm3.server.several import AT_ONCE
 from openm3.tokens import Content
-from tests.server.fake_openai import FakeService, Step, app_of, chunks_of, finished, reply
+from tests.server.fake import FakeService, Step, app_of, chunks_of, finished, reply
 
 PATH = "/v1/completions"
 NAN = float("nan")

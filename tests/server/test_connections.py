@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from openm3.config import EngineConfig
 from openm3.engine.asynchronous import AsyncEngine
 from openm3.engine.engine import Engine
 from openm3.engine.request import SamplingParams
+from openm3.errors import ConfigError
 from openm3.model.model import Model
 from openm3.server import command
 from openm3.server.app import create_app
@@ -54,23 +56,44 @@ def with_stream(service: Service) -> FastAPI:
 
 
 @contextmanager
-def running(model: Model) -> Iterator[str]:
-    """`openm3 serve` in a thread; its address. At its end the engine must hold nothing."""
+def running(model: Model, settings: ServerSettings = SETTINGS) -> Iterator[str]:
+    """`openm3 serve` in a thread; its address, as it says it. At its end the engine must hold nothing."""
     engine = Engine(model, EngineConfig(cache_tokens=40_000, check=True))
-    service = Service(AsyncEngine(engine), model, SETTINGS)
+    service = Service(AsyncEngine(engine), model, settings)
     server = command.Server(with_stream(service), service)
-    with command.listening(SETTINGS) as listener:
+    with command.listening(settings) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             while not server.started:
                 sleep(0.01)
                 assert thread.is_alive()
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield command.greeting(listener, service).splitlines()[0].partition(" at ")[2]
         finally:
             server.should_exit = True
             thread.join(20)
     assert not thread.is_alive() and engine.pages.num_held == 0 and not engine.has_work
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+def test_ipv6_is_served(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(model, ServerSettings(host="::1", port=0, grace=0.1)) as address:
+        assert address.startswith("http://[::1]:")
+        assert f"curl '{address}/v1/chat/completions' -H" in capsys.readouterr().err
+        assert httpx.get(f"{address}/v1/models", headers={"origin": address}).status_code == 200
+        assert httpx.get(f"{address}/v1/models", headers={"origin": "http://[::2]"}).status_code == 403
+        port = int(address.rpartition(":")[2])
+        with pytest.raises(ConfigError, match=re.escape(f"cannot listen at [::1]:{port}: Address already in use")):
+            command.listening(ServerSettings(host="::1", port=port))
 
 
 def gauge(client: httpx.Client, name: str) -> float:

@@ -163,6 +163,67 @@ def test_who_does_not_ask_gets_nothing(client: TestClient) -> None:
     assert "openm3" not in post(client, {**FORMS["documents"], "evidence": None})
 
 
+DOCUMENTS = [{"name": name, "text": text} for name, text in FILES.items()]
+OTHERS = {
+    "/v1/messages": {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 24},
+    "/v1/responses": {"input": QUESTION, "max_output_tokens": 24},
+}
+
+
+def events_of(client: TestClient, path: str, sent: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = client.post(path, json={**sent, "stream": True}).text.splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_other_protocols_tell_the_same(client: TestClient, path: str) -> None:
+    asked = {"evidence": True, "xray": True, "documents": DOCUMENTS}
+    no_thoughts = {"thinking": {"type": "disabled"}, "reasoning": {"effort": "none"}}
+    sent = {"model": "m3-tiny", "temperature": 0, **no_thoughts, **OTHERS[path], **asked}
+    expected = post(client, {**FORMS["documents"], "xray": True})["openm3"]
+    untimed = {key: value for key, value in expected.items() if key not in ("timings", "tokens")}
+
+    found = client.post(path, json=sent).json()["openm3"]
+    assert {key: found[key] for key in untimed} == untimed
+    assert set(found["timings"]) == set(expected["timings"])
+    assert found["tokens"]["documents"] == expected["tokens"]["documents"] > 0
+    # The token that ends a reply is none of its text.
+    assert len(found["ids"]) == len(found["blocks"]) == found["tokens"]["answer"] - 1
+
+    events = events_of(client, path, sent)
+    looked = [event["openm3"] for event in events if "ids" in event.get("openm3", {})]
+    assert len(looked) > 1
+    assert [one for told in looked for one in told["ids"]] == expected["ids"]
+    assert [one for told in looked for one in told["blocks"]] == expected["blocks"]
+    (last,) = [event for event in events if event["type"] in ("message_delta", "response.completed")]
+    told = last.get("response", last)["openm3"]
+    assert told["evidence"] == expected["evidence"] and set(told) == set(expected) - {"ids", "blocks"}
+
+    plain = {key: value for key, value in sent.items() if key not in ("evidence", "xray")}
+    assert "openm3" not in client.post(path, json=plain).json()
+    assert not any("openm3" in json.dumps(event) for event in events_of(client, path, plain))
+
+
+def test_a_prompt_is_read_for_the_cache_alone(client: TestClient) -> None:
+    sent = {"model": "m3-tiny", "max_tokens": 0, "messages": [{"role": "user", "content": 20 * FILES["fish.py"]}]}
+    first, second = (client.post("/v1/messages", json=sent).json() for _ in range(2))
+    assert first["content"] == [] and first["usage"]["output_tokens"] == 0
+    assert first["usage"]["cache_read_input_tokens"] == 0
+    assert second["usage"]["cache_read_input_tokens"] >= 3 * BLOCK
+
+
+@pytest.mark.parametrize(("path", "count"), [("/v1/messages", "/count_tokens"), ("/v1/responses", "/input_tokens")])
+def test_documents_are_counted(client: TestClient, path: str, count: str) -> None:
+    sent = {"model": "m3-tiny", **OTHERS[path]}
+    alone, together = (
+        client.post(path + count, json={**sent, "documents": documents}).json()["input_tokens"]
+        for documents in (None, DOCUMENTS)
+    )
+    assert together > alone + 60
+    refused = client.post(path, json={**sent, "documents": [{"name": "a", "text": " "}]})
+    assert refused.status_code == 400 and "documents[0].text: must hold more" in refused.json()["error"]["message"]
+
+
 def seen(ids: list[int], at: int) -> Attention:
     """All attention paid to one token."""
     mass_S = np.zeros(len(ids))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from time import time
@@ -131,6 +137,46 @@ def test_a_temporary_folder_goes_with_the_server(model: Model) -> None:
                 assert (await client.get("/v1/files")).json()["data"] == []
 
     asyncio.run(whole())
+
+
+def test_a_temporary_folder_is_made_for_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = FileStore(ServerSettings())
+    with pytest.raises(RequestError, match="there is no file"):
+        store.get("file-" + "0" * 32)
+    assert store.files() == [] and list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        kept = store.add(io.BytesIO(b"abc"), "a", "x")
+        assert store.files() == [kept] and len(list(tmp_path.iterdir())) == 1
+        store.close()
+        assert store.files() == [] and list(tmp_path.iterdir()) == []
+    store.add(io.BytesIO(b"abc"), "a", "x")
+    del store
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_servers_folder_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+import io, os, signal
+from openm3.server.files import FileStore
+from openm3.server.settings import ServerSettings
+store = FileStore(ServerSettings())
+store.add(io.BytesIO(b"abc"), "a", "x")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert len(list(left.iterdir())) == 3
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = FileStore(ServerSettings())
+    assert list(tmp_path.iterdir()) == []
+    kept = mine.add(io.BytesIO(b"abc"), "a", "x")
+    other = FileStore(ServerSettings())
+    assert mine.get(kept.id) == kept and mine.path(kept.id).read_bytes() == b"abc"
+    for store in (mine, other):
+        store.close()
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

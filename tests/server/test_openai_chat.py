@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from openm3.engine.request import Logprob, Timings
 from openm3.server.calls import Call, Evidence, Looked, Passage, Progress, Scores
 from openm3.tokens import Content, Thinking
-from tests.server.fake_openai import ANSWER, FakeService, app_of, called, chunks_of, finished, reply
+from tests.server.fake import ANSWER, FakeService, app_of, called, chunks_of, finished, reply
 
 PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -354,7 +354,8 @@ def test_sampling_fields_are_passed_on() -> None:
         ({"max_completion_tokens": 524288}, 1000),
     ],
 )
-def test_the_longest_reply(body: dict[str, int], expected: int) -> None:
+def test_the_longest_reply(body: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeService, "max_tokens", 1000)
     assert asked(**body).params.max_tokens == expected
 
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from openm3.engine.request import Logprob
 from openm3.server.calls import Call, PromptScores, Scores, Started
 from openm3.tokens import Content, Thinking
-from tests.server.fake_openai import ANSWER, FakeService, Step, called, finished, reply, serving
+from tests.server.fake import ANSWER, FakeService, Step, app_of, called, finished, reply
+from tests.server.serving import served
 
 USER: Any = {"role": "user", "content": "hi"}
 TOOLS: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
@@ -26,7 +27,7 @@ TOOL_TURN = reply(
 
 
 def connected(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -38,7 +39,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_chat() -> None:
-    with serving(FakeService()) as url, connected(url) as client:
+    with served(app_of(FakeService())) as url, connected(url) as client:
         said = client.chat.completions.create(model="m3-tiny", messages=[USER], extra_body={"reasoning_split": True})
     message = said.choices[0].message
     assert message.content == "Hello there."
@@ -53,7 +54,7 @@ def test_a_chat() -> None:
 
 
 def test_a_streamed_chat_adds_up_to_the_whole_one() -> None:
-    with serving(FakeService()) as url, connected(url) as client:
+    with served(app_of(FakeService())) as url, connected(url) as client:
         extra = {"reasoning_split": True}
         with client.chat.completions.stream(
             model="m3-tiny", messages=[USER], extra_body=extra, stream_options={"include_usage": True}
@@ -68,7 +69,7 @@ def test_a_streamed_chat_adds_up_to_the_whole_one() -> None:
 
 
 def test_streamed_tool_calls_add_up() -> None:
-    with serving(FakeService(TOOL_TURN)) as url, connected(url) as client:
+    with served(app_of(FakeService(TOOL_TURN))) as url, connected(url) as client:
         with client.chat.completions.stream(model="m3-tiny", messages=[USER], tools=TOOLS) as stream:
             choice = stream.get_final_completion().choices[0]
         whole = client.chat.completions.create(model="m3-tiny", messages=[USER], tools=TOOLS).choices[0]
@@ -82,7 +83,7 @@ def test_streamed_tool_calls_add_up() -> None:
 
 def test_a_turn_with_tools_is_replayed() -> None:
     service = FakeService(TOOL_TURN)
-    with serving(service) as url, connected(url) as client:
+    with served(app_of(service)) as url, connected(url) as client:
         message = client.chat.completions.create(model="m3-tiny", messages=[USER], tools=TOOLS).choices[0].message
         results: Any = [
             {"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in message.tool_calls or ()
@@ -105,7 +106,7 @@ class Weather(BaseModel):
 
 def test_structured_output_is_parsed() -> None:
     service = FakeService(reply(Content('{"city": "Rome", '), Content('"degrees": 21}')))
-    with serving(service) as url, connected(url) as client:
+    with served(app_of(service)) as url, connected(url) as client:
         said = client.chat.completions.parse(model="m3-tiny", messages=[USER], response_format=Weather)
     assert said.choices[0].message.parsed == Weather(city="Rome", degrees=21)
     assert isinstance(service.call.schema, dict)
@@ -114,7 +115,7 @@ def test_structured_output_is_parsed() -> None:
 
 def test_the_asynchronous_client_hears_several_streams_at_once() -> None:
     async def run(url: str) -> list[str]:
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
 
             async def hear() -> str:
                 stream = await client.chat.completions.create(model="m3-tiny", messages=[USER], stream=True, n=2)
@@ -125,7 +126,7 @@ def test_the_asynchronous_client_hears_several_streams_at_once() -> None:
             return await asyncio.gather(*(hear() for _ in range(8)))
 
     service = FakeService()
-    with serving(service) as url:
+    with served(app_of(service)) as url:
         assert asyncio.run(run(url)) == ["<think>Let me think.</think>Hello there."] * 8
     assert len(service.calls) == 16
 
@@ -135,7 +136,7 @@ def test_completions_whole_and_streamed() -> None:
         scores = [PromptScores([Logprob(72, float("nan")), Logprob(105, -1.0)])] if call.echo else []
         return reply(*scores, Scores([Logprob(33, -0.5)]), Content("!"))
 
-    with serving(FakeService(script)) as url, connected(url) as client:
+    with served(app_of(FakeService(script))) as url, connected(url) as client:
         whole = client.completions.create(model="m3-tiny", prompt="Hi", echo=True, logprobs=1, max_tokens=1)
         stream = client.completions.create(model="m3-tiny", prompt=[[72, 105]], stream=True)
         streamed = "".join(chunk.choices[0].text for chunk in stream)
@@ -146,7 +147,7 @@ def test_completions_whole_and_streamed() -> None:
 
 
 def test_refusals_are_the_clients_own_exceptions() -> None:
-    with serving(FakeService()) as url, connected(url) as client:
+    with served(app_of(FakeService())) as url, connected(url) as client:
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(model="gpt-9", messages=[USER])
         with pytest.raises(openai.BadRequestError, match="temperature"):
@@ -157,7 +158,7 @@ def test_refusals_are_the_clients_own_exceptions() -> None:
 
 def test_a_failure_in_a_stream_is_an_exception() -> None:
     service = FakeService([Started(1), Content("Hel"), RuntimeError("hidden")])
-    with serving(service) as url, connected(url) as client:
+    with served(app_of(service)) as url, connected(url) as client:
         heard = []
         with pytest.raises(openai.APIError, match="internal error"):
             for chunk in client.chat.completions.create(model="m3-tiny", messages=[USER], stream=True):
@@ -167,7 +168,7 @@ def test_a_failure_in_a_stream_is_an_exception() -> None:
 
 def test_hanging_up_ends_the_calls_of_a_stream() -> None:
     service = FakeService([Started(1), Content("Hello"), asyncio.Event()])
-    with serving(service) as url, connected(url) as client:
+    with served(app_of(service)) as url, connected(url) as client:
         stream = client.chat.completions.create(model="m3-tiny", messages=[USER], stream=True, n=2)
         assert next(iter(stream)).choices[0].delta.role == "assistant"
         assert service.num_running == 2
@@ -177,7 +178,7 @@ def test_hanging_up_ends_the_calls_of_a_stream() -> None:
 
 def test_hanging_up_ends_the_call_of_a_whole_reply() -> None:
     service = FakeService([Started(1), asyncio.Event()])
-    with serving(service) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=0.3) as client:
+    with served(app_of(service)) as url, connected(url).with_options(timeout=0.3) as client:
         with pytest.raises(openai.APITimeoutError):
             client.completions.create(model="m3-tiny", prompt=["a", "b"])
         until(lambda: len(service.calls) == 2 and service.num_running == 0)
@@ -185,7 +186,8 @@ def test_hanging_up_ends_the_call_of_a_whole_reply() -> None:
 
 def test_what_one_reader_leaves_lying_holds_back_nobody() -> None:
     long = reply(*[Content("x" * 200)] * 2000)
-    with serving(FakeService(lambda call: long if call.params.seed else ANSWER)) as url, connected(url) as client:
+    service = FakeService(lambda call: long if call.params.seed else ANSWER)
+    with served(app_of(service)) as url, connected(url) as client:
         stream = client.chat.completions.create(model="m3-tiny", messages=[USER], stream=True, seed=1)
         next(iter(stream))
         assert client.chat.completions.create(model="m3-tiny", messages=[USER]).usage is not None

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from openm3.server.calls import Looked
 from openm3.tokens import Content, Thinking
-from tests.server.fake_openai import FakeService, app_of, called, finished, reply
+from tests.server.fake import FakeService, app_of, called, finished, reply
 
 USER = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from openm3.errors import BusyError, EngineError, PromptError
 from openm3.server.calls import Call, Started
 from openm3.tokens import Content
-from tests.server.fake_openai import ANSWER, FakeService, Step, app_of, chunks_of, finished, reply
+from tests.server.fake import ANSWER, FakeService, Step, app_of, chunks_of, finished, reply
 
 PATH = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 import schemathesis.specs.openapi.checks as checks
@@ -22,7 +23,7 @@ from openm3.model.model import Model
 from openm3.server.app import create_app
 from openm3.server.service import Service
 from openm3.server.settings import ServerSettings
-from tests.server.serving import served
+from tests.server.serving import served, serving
 from tests.server.test_openai_fuzz import CHAT, COMPLETION
 from tests.server.test_protocol_fuzz import MESSAGES, RESPONSE
 
@@ -140,3 +141,159 @@ def test_many_answers_are_as_the_document_says(api: BaseSchema) -> None:
     assert max(sum(told.values(), Counter())) < 500
     # Bodies that fit the document are replied to, too: the schemas of replies were put to the test.
     assert all(told[f"POST {path} POSITIVE"][200] for path in REPLY_PATHS)
+
+
+VALUES = {
+    "model": "m3-tiny",
+    "messages": [{"role": "user", "content": "a"}],
+    "max_tokens": 2,
+    "prompt": "a",
+    "input": "a",
+    "tokens": [5],
+    "block": 0,
+    "context": "gone",
+}
+"""What the fields may be that some operation needs."""
+
+Operation = tuple[str, str, dict[str, Any]]
+
+
+def operations(document: dict[str, Any]) -> Iterator[Operation]:
+    """All of a document: method, path, and what is said of it."""
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield method.upper(), path.replace("{", "").replace("}", ""), operation
+
+
+def body_schema(document: dict[str, Any], operation: dict[str, Any]) -> dict[str, Any] | None:
+    """That of an operation's body of JSON, if it has one."""
+    media = operation.get("requestBody", {}).get("content", {}).get("application/json")
+    if media is None:
+        return None
+    schema: dict[str, Any] = document["components"]["schemas"][media["schema"]["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def smallest(schema: dict[str, Any], choice: int = 0) -> dict[str, Any]:
+    """A body with the fields that must be there and no other. Where one of several must, that of the choice."""
+    choices = schema.get("anyOf", [{"required": []}])
+    return {name: VALUES[name] for name in [*schema.get("required", []), *choices[choice]["required"]]}
+
+
+@pytest.fixture
+def play_app(model: Model) -> Callable[..., None]:
+    """Runs an asynchronous test on an application of the given settings; a closed one lets no call in."""
+
+    def run(test: Callable[[httpx.AsyncClient], Awaitable[None]], *, closed: bool = False, **options: Any) -> None:
+        async def whole() -> None:
+            async with serving(model, ServerSettings(max_tokens=8, **options)) as service:
+                if closed:
+                    await service.close()
+                transport = httpx.ASGITransport(create_app(service))
+                async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                    await test(client)
+
+        asyncio.run(whole())
+
+    return run
+
+
+def test_the_fields_that_must_be_there_are_those_that_the_document_requires(play_app: Any) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        document = (await client.get("/openapi.json")).json()
+        seen = 0
+        for method, path, operation in operations(document):
+            if (schema := body_schema(document, operation)) is None:
+                continue
+            seen += 1
+            for choice in range(len(schema.get("anyOf", " "))):
+                answer = await client.request(method, path, json=smallest(schema, choice))
+                assert answer.status_code == 200 or answer.json()["error"]["code"] == "context_not_found", answer.text
+            body = smallest(schema)
+            for name in body:
+                answer = await client.request(method, path, json={key: body[key] for key in body if key != name})
+                assert answer.status_code == 400 and name in answer.json()["error"]["message"], (path, answer.text)
+        assert seen > 10
+
+    play_app(test)
+
+
+REFUSED: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
+    400: ({}, {"content": b"{"}),
+    401: ({"api_keys": ("key",)}, {}),
+    403: ({}, {"headers": {"host": "evil.example"}}),
+    404: ({}, {"json": {"model": "nothing", "context": "gone"}}),
+    408: ({"body_seconds": 0.01}, {"content": None}),
+    413: ({}, {"content": b"{}", "headers": {"content-length": str(1 << 40)}}),
+    429: ({"max_concurrent": 1}, {}),
+    431: ({}, {"headers": {"x-long": 40_000 * "x"}}),
+    503: ({"closed": True}, {}),
+}
+"""For each status the settings of a server, and what to send it."""
+
+
+async def endless() -> AsyncIterator[bytes]:
+    """A body that does not come."""
+    await asyncio.sleep(60)
+    yield b""
+
+
+def request_of(document: dict[str, Any], operation: dict[str, Any], sent: dict[str, Any]) -> dict[str, Any]:
+    """What an operation takes, but for what is to be sent in its place."""
+    headers = sent.get("headers", {})
+    if "requestBody" not in operation:
+        return {} if "content" in sent else {"headers": headers}
+    schema = body_schema(document, operation)
+    if "content" in sent:
+        kind = next(iter(operation["requestBody"]["content"]))
+        content = endless() if sent["content"] is None else sent["content"]
+        return {"content": content, "headers": {"content-type": f"{kind}; boundary=b", **headers}}
+    if schema is None:
+        return {"files": {"file": b"a"}, "headers": headers}
+    body = smallest(schema)
+    if "json" in sent:
+        body = {name: VALUES[name] for name in schema.get("required", [])} | sent["json"]
+    return {"json": body, "headers": headers}
+
+
+@pytest.mark.parametrize("status", REFUSED)
+def test_an_operation_refuses_as_the_document_says_and_no_other_way(play_app: Any, status: int) -> None:
+    settings, sent = REFUSED[status]
+    document: dict[str, Any] = {}
+
+    async def test(client: httpx.AsyncClient) -> None:
+        held = asyncio.create_task(client.post("/tokenize", content=endless())) if status == 429 else None
+        await asyncio.sleep(0.01)
+        for method, path, operation in operations(document):
+            answer = await client.request(method, path, **request_of(document, operation, sent))
+            said = operation["responses"].get(str(status))
+            assert (answer.status_code == status) == (said is not None), (method, path, answer.text)
+            if said is not None:
+                name = said["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+                check_shape(answer.json(), document["components"]["schemas"][name])
+        if held is not None:
+            held.cancel()
+
+    async def read(client: httpx.AsyncClient) -> None:
+        document.update((await client.get("/openapi.json")).json())
+
+    play_app(read)
+    play_app(test, **settings)
+
+
+def test_no_other_refusal_is_told_of_but_of_failures(play_app: Any) -> None:
+    async def test(client: httpx.AsyncClient) -> None:
+        for *_, operation in operations((await client.get("/openapi.json")).json()):
+            statuses = {int(status) for status in operation["responses"]}
+            assert {200, 403, 500} <= statuses <= {200, 500, *REFUSED}
+            assert all(media for media in operation["responses"]["200"]["content"].values())
+
+    play_app(test)
+
+
+def check_shape(value: Any, schema: dict[str, Any]) -> None:
+    """A value has the properties that it must have, all the way down."""
+    for name in schema.get("required", []):
+        check_shape(value[name], schema["properties"][name])
+    assert value == schema.get("const", value)
+    assert isinstance(value, dict) == (schema.get("type") == "object")

@@ -12,11 +12,10 @@ import pytest
 from pydantic import BaseModel
 
 from openm3.errors import BusyError
-from openm3.server import anthropic as messages_protocol
-from openm3.server import responses as responses_protocol
 from openm3.server.calls import Call, Event, Started
 from openm3.tokens import Content, Thinking
-from tests.server.fake_protocols import Fake, app_of, reply, serving, tool_events, whole_turn
+from tests.server.fake import FakeService, app_of, called, saying, whole_turn
+from tests.server.serving import served
 
 ASK: dict[str, Any] = {
     "model": "m3-tiny",
@@ -38,7 +37,7 @@ class Stage:
     """A service whose play can be changed between calls."""
 
     def __init__(self) -> None:
-        self.play = Fake()
+        self.play = FakeService([])
         self.model_names, self.max_tokens = self.play.model_names, self.play.max_tokens
 
     def check_model(self, name: object) -> str:
@@ -58,9 +57,7 @@ def stage() -> Stage:
 
 @pytest.fixture(scope="module")
 def address(stage: Stage) -> Iterator[str]:
-    router = messages_protocol.routes(stage)
-    router.include_router(responses_protocol.routes(stage))
-    with serving(app_of(router)) as address:
+    with served(app_of(stage)) as address:
         yield address
 
 
@@ -86,7 +83,7 @@ def test_a_conversation_with_tools(stage: Stage, claude: anthropic.Anthropic) ->
         7,
         4,
     )
-    stage.play = reply(Content("Sunny."))
+    stage.play = saying(Content("Sunny."))
     calls = [block for block in message.content if block.type == "tool_use"]
     results = [{"type": "tool_result", "tool_use_id": block.id, "content": "sun"} for block in calls]
     turns = [*ASK["messages"], message.to_param(), {"role": "user", "content": results}]
@@ -113,7 +110,7 @@ def test_streams_of_messages(stage: Stage, claude: anthropic.Anthropic) -> None:
 
 
 def test_text_of_a_schema(stage: Stage, claude: anthropic.Anthropic) -> None:
-    stage.play = reply(Content('{"city": "Paris"}'))
+    stage.play = saying(Content('{"city": "Paris"}'))
     message = claude.messages.parse(**ASK, output_format=City)
     assert message.parsed_output == City(city="Paris")
     schema = stage.play.calls[0].schema
@@ -121,15 +118,15 @@ def test_text_of_a_schema(stage: Stage, claude: anthropic.Anthropic) -> None:
 
 
 def test_counting_and_errors_of_messages(stage: Stage, claude: anthropic.Anthropic) -> None:
-    stage.play = reply()
+    stage.play = saying()
     counted = claude.messages.count_tokens(model="m3-tiny", messages=ASK["messages"], tools=[WEATHER], system="x")
     assert counted.input_tokens == 11
     with pytest.raises(anthropic.BadRequestError, match="gpt-9"):
         claude.messages.create(**ASK | {"model": "gpt-9"})
-    stage.play = Fake(BusyError("full"))
+    stage.play = FakeService([BusyError("full")])
     with pytest.raises(anthropic.RateLimitError, match="full"):
         claude.messages.create(**ASK)
-    stage.play = Fake(Started(3), Content("Hi"), ValueError("secret"))
+    stage.play = FakeService([Started(3), Content("Hi"), ValueError("secret")])
     with pytest.raises(anthropic.APIStatusError, match="internal error"), claude.messages.stream(**ASK) as stream:
         stream.until_done()
 
@@ -155,7 +152,7 @@ def test_a_client_that_goes_away_ends_its_call(stage: Stage, address: str) -> No
     fakes = [stage.play]
 
     async def leave(start: Any) -> None:
-        stage.play = Fake(Started(3), Content("Hi"), gate)
+        stage.play = FakeService([Started(3), Content("Hi"), gate])
         fakes.append(stage.play)
         await start()
         for _ in range(200):
@@ -189,7 +186,7 @@ def test_a_response_with_tools(stage: Stage, gpt: openai.OpenAI) -> None:
     assert (response.output_text, response.status) == ("Looking it up.", "completed")
     assert response.usage is not None and response.usage.output_tokens_details.reasoning_tokens == 3
     calls = [item for item in response.output if item.type == "function_call"]
-    stage.play = reply(Content("Sunny."))
+    stage.play = saying(Content("Sunny."))
     results = [{"type": "function_call_output", "call_id": call.call_id, "output": "sun"} for call in calls]
     turns: Any = [{"role": "user", "content": "The weather?"}, *response.output, *results]
     assert gpt.responses.create(model="m3-tiny", input=turns, tools=[FUNCTION]).output_text == "Sunny."
@@ -212,7 +209,7 @@ def test_streams_of_responses(stage: Stage, gpt: openai.OpenAI) -> None:
 
 
 def test_a_response_of_a_schema(stage: Stage, gpt: openai.OpenAI) -> None:
-    stage.play = reply(Thinking("Hm."), Content('{"city":'), Content(' "Paris"}'))
+    stage.play = saying(Thinking("Hm."), Content('{"city":'), Content(' "Paris"}'))
     assert gpt.responses.parse(model="m3-tiny", input="x", text_format=City).output_parsed == City(city="Paris")
     with gpt.responses.stream(model="m3-tiny", input="x", text_format=City) as stream:
         assert stream.get_final_response().output_parsed == City(city="Paris")
@@ -221,7 +218,7 @@ def test_a_response_of_a_schema(stage: Stage, gpt: openai.OpenAI) -> None:
 
 
 def test_functions_of_a_namespace(stage: Stage, gpt: openai.OpenAI) -> None:
-    stage.play = reply(*tool_events(0, "crm__get_weather", {"city": "Paris"}))
+    stage.play = saying(*called(0, "crm__get_weather", {"city": "Paris"}))
     tools: Any = [{"type": "namespace", "name": "crm", "description": "A desk.", "tools": [FUNCTION]}]
     with gpt.responses.stream(model="m3-tiny", input="x", tools=tools) as stream:
         call = stream.get_final_response().output[0]
@@ -229,14 +226,14 @@ def test_functions_of_a_namespace(stage: Stage, gpt: openai.OpenAI) -> None:
 
 
 def test_counting_and_errors_of_responses(stage: Stage, gpt: openai.OpenAI) -> None:
-    stage.play = reply()
+    stage.play = saying()
     assert gpt.responses.input_tokens.count(model="m3-tiny", input="x", instructions="y").input_tokens == 11
     with pytest.raises(openai.BadRequestError, match="nothing is stored"):
         gpt.responses.create(model="m3-tiny", input="x", previous_response_id="resp_1")
-    stage.play = Fake(BusyError("full"))
+    stage.play = FakeService([BusyError("full")])
     with pytest.raises(openai.RateLimitError, match="full"):
         gpt.responses.create(model="m3-tiny", input="x")
-    stage.play = Fake(Started(3), Content("Hi"), ValueError("secret"))
+    stage.play = FakeService([Started(3), Content("Hi"), ValueError("secret")])
     last = list(gpt.responses.create(model="m3-tiny", input="x", stream=True))[-1]
     assert last.type == "response.failed" and last.response.error is not None
     assert last.response.error.message.startswith("internal error")

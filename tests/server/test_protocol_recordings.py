@@ -6,10 +6,9 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from openm3.server import anthropic, responses
 from openm3.server.protocol import unseal
 from openm3.tokens import Content, Thinking
-from tests.server.fake_protocols import app_of, events_of, reply, tool_events
+from tests.server.fake import app_of, called, events_of, saying
 
 EPHEMERAL = {"type": "ephemeral"}
 BETAS = "claude-code-20250219,oauth-2025-04-20,interleaved-thinking-2025-05-14,context-management-2025-06-27"
@@ -57,8 +56,8 @@ def claude_code(*turns: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_turn_of_claude_code() -> None:
-    service = reply(Thinking("ls it."), Content("I'll look."), *tool_events(0, "Bash", {"command": "ls"}))
-    client = TestClient(app_of(anthropic.routes(service)), headers={"anthropic-beta": BETAS})
+    service = saying(Thinking("ls it."), Content("I'll look."), *called(0, "Bash", {"command": "ls"}))
+    client = TestClient(app_of(service), headers={"anthropic-beta": BETAS})
     events = [data for _, data in events_of(client.post("/v1/messages?beta=true", json=claude_code()).text)]
     assert events[-1] == {"type": "message_stop"}
     call = service.calls[0]
@@ -155,10 +154,10 @@ def codex(*items: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_turn_of_codex() -> None:
-    service = reply(
-        Thinking("ls it."), *tool_events(0, "exec_command", {"cmd": "ls"}), *tool_events(1, "multi_agent__spawn", {})
+    service = saying(
+        Thinking("ls it."), *called(0, "exec_command", {"cmd": "ls"}), *called(1, "multi_agent__spawn", {})
     )
-    client = TestClient(app_of(responses.routes(service)), headers={"originator": "codex_exec"})
+    client = TestClient(app_of(service), headers={"originator": "codex_exec"})
     events = [data for _, data in events_of(client.post("/v1/responses", json=codex()).text)]
     assert events[-1]["type"] == "response.completed"
     call = service.calls[0]

@@ -13,9 +13,8 @@ from starlette.testclient import TestClient
 from openm3.errors import BusyError, EngineError, PromptError
 from openm3.server.calls import Call, Finished, Looked, Started
 from openm3.server.protocol import seal, unseal
-from openm3.server.responses import routes
 from openm3.tokens import Content, Thinking
-from tests.server.fake_protocols import USAGE, Fake, app_of, events_of, reply, tool_events, whole_turn
+from tests.server.fake import USAGE, FakeService, app_of, called, events_of, saying, whole_turn
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 WEATHER = {"type": "function", "name": "get_weather", "description": "The weather.", "parameters": SCHEMA}
@@ -27,11 +26,11 @@ FILES = {
 }
 
 
-def post(service: Fake, path: str = "/v1/responses", **fields: Any) -> Any:
-    return TestClient(app_of(routes(service))).post(path, json={"model": "m3-tiny", "input": "Hello", **fields})
+def post(service: FakeService, path: str = "/v1/responses", **fields: Any) -> Any:
+    return TestClient(app_of(service)).post(path, json={"model": "m3-tiny", "input": "Hello", **fields})
 
 
-def streamed(service: Fake, **fields: Any) -> list[dict[str, Any]]:
+def streamed(service: FakeService, **fields: Any) -> list[dict[str, Any]]:
     """The events of a streamed response, each checked against the client's own types."""
     events = events_of(post(service, stream=True, **fields).text)
     for number, (name, data) in enumerate(events):
@@ -42,7 +41,7 @@ def streamed(service: Fake, **fields: Any) -> list[dict[str, Any]]:
 
 def call_for(**fields: Any) -> Call:
     """The call that a request becomes."""
-    service = reply(Content("Hi."))
+    service = saying(Content("Hi."))
     response = post(service, **fields)
     assert response.status_code == 200, response.text
     Response.model_validate(response.json())
@@ -51,7 +50,7 @@ def call_for(**fields: Any) -> Call:
 
 def refusal(**fields: Any) -> str:
     """Why a request is refused."""
-    service = reply()
+    service = saying()
     response = post(service, **fields)
     assert (response.status_code, service.calls) == (400, [])
     assert response.json()["error"]["type"] == "bad_request_error"
@@ -141,23 +140,23 @@ def test_a_stream_of_events() -> None:
 
 
 def test_thoughts_are_told_only_if_asked_for() -> None:
-    events = streamed(reply(Thinking("Hm."), Content("Hi.")))
+    events = streamed(saying(Thinking("Hm."), Content("Hi.")))
     assert not [event for event in events if "summary" in event["type"]]
     assert unseal(events[-1]["response"]["output"][0]["encrypted_content"]) == "Hm."
 
 
 @pytest.mark.parametrize("reason", ["length", "timeout"])
 def test_a_reply_that_was_cut_off(reason: str) -> None:
-    last = streamed(reply(Content("Hi"), reason=reason))[-1]
+    last = streamed(saying(Content("Hi"), reason=reason))[-1]
     assert last["type"] == "response.incomplete"
     assert (last["response"]["status"], last["response"]["output"][0]["status"]) == ("incomplete", "incomplete")
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
-    told = post(reply(*tool_events(0, "get_weather", {"city": "P"}, complete=False), reason=reason)).json()
+    told = post(saying(*called(0, "get_weather", {"city": "P"}, complete=False), reason=reason)).json()
     assert told["output"][0]["status"] == "incomplete"
 
 
 def test_an_empty_reply_and_events_that_are_not_told() -> None:
-    assert post(reply(Looked([1], [[[[0]]]]))).json()["output"] == []
+    assert post(saying(Looked([1], [[[[0]]]]))).json()["output"] == []
 
 
 def test_what_is_asked_of_sampling() -> None:
@@ -185,7 +184,7 @@ def test_modes_of_thinking(reasoning: Any, mode: str) -> None:
 def test_functions_of_a_namespace_go_by_both_names() -> None:
     other = {"type": "namespace", "name": "web", "tools": [{"type": "function", "name": "read"}]}
     hosted = [{"type": "web_search"}, {"type": "custom", "name": "apply_patch"}, {"type": "mcp", "server_label": "x"}]
-    service = reply(*tool_events(0, "mcp__files__read", {"city": "x"}), *tool_events(1, "web__read", {}))
+    service = saying(*called(0, "mcp__files__read", {"city": "x"}), *called(1, "web__read", {}))
     told = post(service, tools=[*hosted, WEATHER, FILES, other]).json()
     Response.model_validate(told)
     names = [tool["function"]["name"] for tool in service.calls[0].tools]
@@ -229,11 +228,11 @@ def test_choices_among_tools(choice: Any, expected: str, names: list[str]) -> No
 def test_forms_of_the_text() -> None:
     form = {"type": "json_schema", "name": "city", "schema": SCHEMA, "strict": True}
     assert call_for(text={"format": form, "verbosity": "low"}).schema == SCHEMA
-    assert post(reply(), text={"format": form}).json()["text"] == {"format": form}
+    assert post(saying(), text={"format": form}).json()["text"] == {"format": form}
     assert call_for(text={"format": {"type": "json_object"}}).schema is True
     assert call_for(text={"format": {"type": "text"}}).schema is None
     assert call_for(text={}).schema is None
-    Response.model_validate(post(reply(), text={"format": {"type": "json_schema", "schema": SCHEMA}}).json())
+    Response.model_validate(post(saying(), text={"format": {"type": "json_schema", "schema": SCHEMA}}).json())
 
 
 def test_instructions_and_roles() -> None:
@@ -326,11 +325,11 @@ def test_what_clients_add_is_let_through() -> None:
     [
         ({"model": None}, "valid string"),
         ({"model": "gpt-9"}, "gpt-9"),
-        ({"input": None}, "input must be a text or hold at least one item"),
+        ({"input": None}, "valid list"),
         ({"input": [], "instructions": "x"}, "input must be a text or hold at least one item"),
         ({"input": {"role": "user"}}, "valid list"),
         ({"input": [{"role": "robot", "content": "x"}]}, "'user', 'assistant', 'system' or 'developer'"),
-        ({"input": [{}]}, "type: Field required"),
+        ({"input": [{}]}, "type: field required"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference is not supported: nothing is stored"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image is not"),
         ({"input": [{"role": "user", "content": [{"type": "hologram"}]}]}, "'hologram' without text"),
@@ -346,8 +345,8 @@ def test_what_clients_add_is_let_through() -> None:
         ({"reasoning": {"summary": True}}, "'auto', 'concise' or 'detailed'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "needs a schema"),
         ({"text": {"format": {"type": "xml"}}}, "'text', 'json_object' or 'json_schema'"),
-        ({"tools": [{"type": "function"}]}, "name: Field required"),
-        ({"tools": [{"name": "x"}]}, "type: Field required"),
+        ({"tools": [{"type": "function"}]}, "name: field required"),
+        ({"tools": [{"name": "x"}]}, "type: field required"),
         ({"tools": [FILES, {**FILES, "name": "mcp__files"}]}, "two tools would be called 'mcp__files__read'"),
         ({"tool_choice": "required"}, "no tool that can be called here"),
         ({"tool_choice": {"type": "function", "name": "x"}, "tools": [WEATHER]}, "none of the tools: get_weather"),
@@ -363,26 +362,26 @@ def test_what_is_wrong_is_said(fields: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("inside", ["NaN", "-Infinity", '"\\udfff"'])
 def test_values_that_are_no_json(inside: str) -> None:
     given = {"model": "m3-tiny", "input": "x", "tools": [WEATHER | {"extra": "HERE"}]}
-    client = TestClient(app_of(routes(reply())), raise_server_exceptions=False)
+    client = TestClient(app_of(saying()), raise_server_exceptions=False)
     text = json.dumps(given).replace('"HERE"', inside)
     response = client.post("/v1/responses", content=text, headers={"content-type": "application/json"})
     assert response.status_code == 400
 
 
 def test_counting() -> None:
-    service = reply()
+    service = saying()
     told = post(service, "/v1/responses/input_tokens", instructions="Be brief.", tools=[WEATHER]).json()
     assert told == {"object": "response.input_tokens", "input_tokens": 11}
     assert [message["role"] for message in service.calls[0].messages or ()] == ["system", "user"]
-    assert post(reply(), "/v1/responses/input_tokens", model=None).status_code == 200
-    assert post(reply(), "/v1/responses/input_tokens", model="gpt-9").status_code == 400
+    assert post(saying(), "/v1/responses/input_tokens", model=None).status_code == 200
+    assert post(saying(), "/v1/responses/input_tokens", model="gpt-9").status_code == 400
 
 
 @pytest.mark.parametrize(
     ("error", "status"), [(BusyError("full"), 429), (EngineError("gone"), 503), (PromptError("too long"), 400)]
 )
 def test_calls_that_are_not_let_in(error: Exception, status: int) -> None:
-    assert [post(Fake(error), stream=stream).status_code for stream in (False, True)] == [status, status]
+    assert [post(FakeService([error]), stream=stream).status_code for stream in (False, True)] == [status, status]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +389,7 @@ def test_calls_that_are_not_let_in(error: Exception, status: int) -> None:
     [(BusyError("full"), "rate_limit_exceeded"), (PromptError("x"), "invalid_prompt"), (KeyError("s"), "server_error")],
 )
 def test_errors_in_the_middle_of_a_stream(error: Exception, code: str) -> None:
-    service = Fake(Started(3), Content("Hi"), error)
+    service = FakeService([Started(3), Content("Hi"), error])
     last = streamed(service)[-1]
     assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
     assert last["response"]["error"]["code"] == code
@@ -400,5 +399,5 @@ def test_errors_in_the_middle_of_a_stream(error: Exception, code: str) -> None:
 @pytest.mark.parametrize(("reason", "status"), [("abort", 503), ("error", 500)])
 def test_replies_that_were_broken_off(reason: str, status: int) -> None:
     script = (Started(3), Content("Hi"), Finished(reason, USAGE))  # type: ignore[arg-type]
-    assert post(Fake(*script)).status_code == status
-    assert streamed(Fake(*script))[-1]["type"] == "response.failed"
+    assert post(FakeService(script)).status_code == status
+    assert streamed(FakeService(script))[-1]["type"] == "response.failed"

@@ -13,6 +13,7 @@ from openm3.model.model import Model
 from openm3.server.app import create_app
 from openm3.server.service import Service
 from openm3.server.settings import ServerSettings
+from openm3.tokens.prompt import user_message
 from tests.server.serving import serving
 
 Test = Callable[[httpx.AsyncClient, Service], Awaitable[None]]
@@ -82,6 +83,10 @@ def test_text_to_tokens_and_back(ask: Any, model: Model) -> None:
         messages = [{"role": "user", "content": "Hi"}]
         chat = (await client.post("/tokenize", json={"messages": messages, "thinking": "enabled"})).json()
         assert chat["tokens"] == tokenizer.chat(messages, thinking="enabled") and chat["token_strs"] is None
+        document = {"name": "a.txt", "text": "one\r\ntwo\n"}
+        body = {"messages": messages, "documents": [document], "thinking": "enabled"}
+        read = [{"role": "user", "content": user_message([("a.txt", "one\ntwo\n")], messages[0]["content"])}]
+        assert (await client.post("/tokenize", json=body)).json()["tokens"] == tokenizer.chat(read, thinking="enabled")
         assert (await client.post("/tokenize", json={"prompt": ""})).json()["count"] == 0
 
     ask(test)
@@ -108,6 +113,13 @@ def test_a_harness_finds_the_end_token(ask: Any, model: Model) -> None:
         ("/tokenize", {"messages": []}, 400),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400),
         ("/tokenize", {"prompt": "x", "model": "gpt-7"}, 404),
+        ("/tokenize", {"prompt": "x", "documents": [{"name": "a", "text": "b"}]}, 400),
+        (
+            "/tokenize",
+            {"messages": [{"role": "system", "content": "x"}], "documents": [{"name": "a", "text": "b"}]},
+            400,
+        ),
+        ("/tokenize", {"messages": [{"role": "user", "content": 5}], "documents": [{"name": "a", "text": "b"}]}, 400),
         ("/tokenize", {"messages": [{"role": "user", "content": "x"}], "thinking": True}, 400),
         ("/detokenize", {"tokens": [-1]}, 400),
         ("/detokenize", {"tokens": [10**30]}, 400),

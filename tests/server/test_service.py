@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from openm3.engine.request import SamplingParams
+from openm3.engine.request import Completion, Delta, SamplingParams, Timings, Usage
 from openm3.errors import BusyError, EngineError, PromptError
 from openm3.model.model import Model
 from openm3.server.calls import Call, Event, Finished, Looked, PromptScores, Scores, Started
 from openm3.server.errors import RequestError, refusal
-from openm3.server.service import Service
+from openm3.server.service import SILENCE, Service
 from openm3.server.settings import ServerSettings
 from openm3.tokens import Content, ToolArguments, ToolEnd, ToolStart
 
@@ -145,6 +145,56 @@ def test_packets_are_worth_sending(play: Play) -> None:
                 texts.append(event.text)
         assert all(5 <= len(text) <= 200 for text in texts[1:-1]) and len(texts) > 5
         assert len(times) < (times[-1] - times[0]) / 0.03 + 3
+
+    play(test)
+
+
+class SlowReply:
+    """An engine's reply whose deltas come when they are given."""
+
+    def __init__(self) -> None:
+        self.deltas: asyncio.Queue[Delta] = asyncio.Queue()
+
+    async def __anext__(self) -> Delta:
+        return await self.deltas.get()
+
+    def close(self) -> None:
+        pass
+
+
+def test_short_text_waits_for_more_but_not_long(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(service: Service) -> None:
+        reply = SlowReply()
+
+        async def submit(*_: object, **__: object) -> SlowReply:
+            return reply
+
+        monkeypatch.setattr(service._engine, "submit", submit)
+        stream = service.stream(LONG)
+
+        async def heard(*texts: str) -> Event:
+            for text in texts:
+                reply.deltas.put_nowait(Delta([5], text))
+            return await asyncio.wait_for(anext(stream), 10)
+
+        assert await anext(stream) == Started(3)
+        assert await heard("a") == Content("a")
+        # Five at once need nobody to wait; with fewer the next token's time is not waited for.
+        assert await heard("b", "cdef") == Content("bcdef")
+        for text in ("g", "hi"):
+            begin = asyncio.get_running_loop().time()
+            assert await heard(text) == Content(text)
+            assert asyncio.get_running_loop().time() - begin > 0.9 * SILENCE
+        # Nothing is held: nothing is told, however long it takes.
+        silent = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(1.5 * SILENCE)
+        assert not silent.done()
+        usage = Usage(3, 0, 6)
+        reply.deltas.put_nowait(Delta([5], "j"))
+        ended = Completion([5] * 6, "abcdefghijk", "length", usage, Timings(0, 0, 0))
+        reply.deltas.put_nowait(Delta([5], "k", "length", ended))
+        assert await silent == Content("jk")
+        assert [event async for event in stream] == [Finished("length", usage)]
 
     play(test)
 

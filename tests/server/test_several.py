@@ -9,7 +9,7 @@ from openm3.errors import BusyError
 from openm3.server.calls import Call, Event, Finished, Started
 from openm3.server.several import AT_ONCE, opened, together
 from openm3.tokens import Content
-from tests.server.fake_openai import FakeService, reply
+from tests.server.fake import FakeService, reply
 
 
 def test_the_events_of_all_come_as_they_are_made() -> None:

@@ -41,6 +41,24 @@ def test_parts_make_the_prompt_that_ask_makes() -> None:
     assert tokenizer().chat(parts(DOCUMENTS, QUESTION)) == tokenizer().chat(whole)
 
 
+def test_documents_are_told_apart_from_the_messages(client: TestClient) -> None:
+    asked = [{"role": "user", "content": QUESTION}]
+    reply = tokenizer().encode("So.")
+    named = {"messages": asked, "documents": [{"name": name, "text": text} for name, text in DOCUMENTS]}
+    known, expected = (
+        client.post("/xray/context", json={**body, "reply": reply}).json()
+        for body in (named, {"messages": parts(DOCUMENTS, QUESTION)})
+    )
+    assert known.pop("context") != expected.pop("context") and known == expected
+    assert [part["source"] for part in known["parts"]] == ["a.py", "notes/b.txt", None, None]
+    for block in range(known["tokens"] // BLOCK):
+        texts = [
+            client.post("/xray/block", json={**body, "reply": reply, "block": block}).json()["text"]
+            for body in (named, {"messages": parts(DOCUMENTS, QUESTION)})
+        ]
+        assert texts[0] == texts[1] != ""
+
+
 def test_blocks_are_the_whole_text_of_prompt_and_reply(client: TestClient) -> None:
     messages, reply = parts(DOCUMENTS, QUESTION), tokenizer().encode("Gamma 🦜 and delta, " * 40)
     ids = [*tokenizer().chat(messages), *reply]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 from uuid import uuid4
@@ -29,6 +30,8 @@ from openm3.server.anthropic_types import (
 )
 from openm3.server.calls import Call, Event, Finished, Serves, Started
 from openm3.server.errors import RequestError, error_body
+from openm3.server.extras import extra
+from openm3.server.parts import with_documents
 from openm3.server.protocol import (
     answer,
     check_end,
@@ -39,7 +42,7 @@ from openm3.server.protocol import (
     tool_call,
     unseal,
 )
-from openm3.server.stream import EVENT_STREAM, packet
+from openm3.server.stream import EVENT_STREAM, packet, without_text
 from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
 
 PING = packet({"type": "ping"}, "ping")
@@ -68,13 +71,17 @@ def routes(service: Serves) -> APIRouter:
             )
         params = sampling(
             service,
-            body.max_tokens,
+            max(body.max_tokens, 1),
             temperature=body.temperature,
             top_p=body.top_p,
             top_k=body.top_k,
             stop=body.stop_sequences or (),
         )
-        events = service.stream(_call(body, params))
+        call = replace(_call(body, params), evidence=bool(body.evidence), xray=bool(body.xray))
+        events = service.stream(call)
+        if not body.max_tokens:
+            _check_silent(body)
+            events = without_text(events)
         omits = body.thinking is not None and body.thinking.display == "omitted"
         reply = _Reply(model, getattr(request.state, "request_id", ""), omit_thinking=omits)
         return await answer(reply, events, request, stream=body.stream, ping=PING)
@@ -96,7 +103,7 @@ def _call(body: CountRequest, params: SamplingParams | None = None) -> Call:
     thinking, budget = _thinking(body.thinking)
     return checked(
         Call(
-            messages=_messages(body),
+            messages=with_documents(_messages(body), body.documents),
             tools=_functions(body.tools or ()),
             tool_choice=choice,
             parallel_tool_calls=parallel,
@@ -106,6 +113,19 @@ def _call(body: CountRequest, params: SamplingParams | None = None) -> Call:
             params=params or SamplingParams(),
         )
     )
+
+
+def _check_silent(body: MessagesRequest) -> None:
+    """Without a token the prompt is only read, for the cache: raises RequestError for what says how to reply."""
+    says = {
+        "stream": body.stream,
+        "thinking": body.thinking is not None and body.thinking.type == "enabled",
+        "output_config": body.output_format or (body.output_config and body.output_config.format),
+        "tool_choice": body.tool_choice is not None and body.tool_choice.type in ("any", "tool"),
+    }
+    for name, is_said in says.items():
+        if is_said:
+            raise RequestError(f"max_tokens is 0, which asks for no reply: leave out {name}", param=name)
 
 
 def _choice(choice: ToolChoice | None) -> tuple[str, bool]:
@@ -287,7 +307,8 @@ class _Reply:
         usage = _usage(finished.usage, finished.thinking_tokens)
         self.body |= ending
         self.body["usage"] |= usage
-        yield {"type": "message_delta", "delta": ending, "usage": usage}
+        found = extra(finished)
+        yield {"type": "message_delta", "delta": ending, "usage": usage} | ({"openm3": found} if found else {})
         yield {"type": "message_stop"}
 
     @property

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from openm3.server.extras import Extras
+
 
 class TextOut(BaseModel):
     """Text."""
@@ -59,6 +61,7 @@ class MessageOut(BaseModel):
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
     usage: MessageUsage
+    openm3: Extras | None = None
 
 
 class MessageTokens(BaseModel):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from openm3.server.parts import Documents
 from openm3.server.protocol import Open, TextOr
 
 
@@ -129,18 +130,21 @@ class CountRequest(Open):
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
+    documents: Documents = None
 
 
 class MessagesRequest(CountRequest):
     """A conversation and how its next message is to be written. A `thread`, of which only the end comes, is refused."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=0, description="0 reads the prompt into the cache, and replies nothing")
     stream: bool | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
     stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
     thread: dict[str, Any] | None = None
+    evidence: bool | None = Field(None, description="quote the passages that the answer was drawn from")
+    xray: bool | None = Field(None, description="tell which blocks each token attended to")
 
 
 ToolResultBlock.model_rebuild()

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from openm3.errors import OpenM3Error
 from openm3.server import anthropic, completions, files, health, models, openai_chat, page, responses, tokenize, xray
-from openm3.server.access import OPEN, Access
-from openm3.server.errors import RequestError, is_anthropic, refusal
+from openm3.server.access import Access
+from openm3.server.document import document
+from openm3.server.errors import RequestError, refusal
 from openm3.server.limits import Limits
 from openm3.server.logs import RequestLog, respond
 from openm3.server.service import Service
 
 PROTOCOLS = (health, models, tokenize, openai_chat, completions, responses, anthropic, page, xray)
 """Modules with `routes(service)`."""
-
-_STATUSES = (400, 401, 403, 404, 408, 413, 429, 431, 500, 503)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -43,8 +40,8 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(module.routes(service))
     app.include_router(files.routes(store))
     for kind in (OpenM3Error, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _told)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+        app.add_exception_handler(kind, told)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings)
     app.add_middleware(Access, settings=settings)
@@ -60,19 +57,19 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def told(request: Request, error: Exception) -> Response:
     """A failure in the words of the path's protocol."""
     headers = None
     if isinstance(error, RequestError):
-        told = error
+        known = error
     elif isinstance(error, RequestValidationError):
-        told = _invalid(error.errors())
+        known = _invalid(error.errors())
     elif isinstance(error, HTTPException):
-        told = RequestError(_reason(error, request), status=error.status_code)
+        known = RequestError(_reason(error, request), status=error.status_code)
         headers = error.headers
     else:
-        told = refusal(error)
-    return respond(told, request.scope, headers)
+        known = refusal(error)
+    return respond(known, request.scope, headers)
 
 
 def _reason(error: HTTPException, request: Request) -> str:
@@ -95,41 +92,3 @@ def _invalid(problems: Sequence[Any]) -> RequestError:
     what = first["msg"][:1].lower() + first["msg"][1:]
     more = f" ({len(problems) - 1} more problems)" if len(problems) > 1 else ""
     return RequestError(f"{name or f'the {where}'}: {what}{more}", param=name or None)
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: as FastAPI has it, with keys, and with the errors that there really are."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        schemas |= {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
-        document["components"]["securitySchemes"] = {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-        }
-        for path, operations in document["paths"].items():
-            schema = {"$ref": f"#/components/schemas/{'AnthropicError' if is_anthropic(path) else 'Error'}"}
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
-                for status in _STATUSES:
-                    content = {"application/json": {"schema": schema}}
-                    told = {"description": HTTPStatus(status).phrase, "content": content}
-                    operation["responses"].setdefault(str(status), told)
-                if path not in OPEN:
-                    # Without keys in the settings none is needed.
-                    operation["security"] = [{"bearer": []}, {"x-api-key": []}, {}]
-        app.openapi_schema = document
-    return app.openapi_schema
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-_TEXT = {"type": "string"}
-_MAYBE = {"anyOf": [_TEXT, {"type": "null"}]}
-_DETAIL = _object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE, http_code=_TEXT)
-_ERROR = _object(type={"const": "error"}, error=_DETAIL, request_id=_TEXT)
-_ANTHROPIC_ERROR = _object(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT), request_id=_TEXT)

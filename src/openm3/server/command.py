@@ -135,7 +135,8 @@ def listening(settings: ServerSettings) -> socket.socket:
         if listener is not None:
             listener.close()
         hint = "; give another --port, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror}{hint}") from None
+        where = _address(settings.host, settings.port)
+        raise ConfigError(f"cannot listen at {where}: {error.strerror}{hint}") from None
     return listener
 
 
@@ -144,13 +145,19 @@ def greeting(listener: socket.socket, service: Service) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "localhost"
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = f"http://{_address(host, port)}"
+    # Shells take brackets for patterns.
+    url = f"'{address}/v1/chat/completions'" if "[" in address else f"{address}/v1/chat/completions"
     key = ' -H "Authorization: Bearer $KEY"' if service.settings.api_keys else ""
     return (
         f"openm3 serves {service.model_names[0]} at {address}\n"
-        f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        f"  curl {url}{key} -H 'Content-Type: application/json' \\\n"
         f"""    -d '{{"model": "{service.model_names[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
     )
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:

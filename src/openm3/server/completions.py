@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,7 @@ from openm3.server.errors import RequestError
 from openm3.server.openai_bodies import TextCompletion
 from openm3.server.openai_reply import Reply, finish_reason, finite
 from openm3.server.openai_types import MOST_TOKENS, Sampling, expected
-from openm3.server.stream import EVENT_STREAM
+from openm3.server.stream import EVENT_STREAM, without_text
 from openm3.tokens import Content
 
 MOST_CHOICES = 1024
@@ -182,17 +181,6 @@ def _name(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-async def _without_text(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
-    """A call as if nothing had been written: the engine always writes one token."""
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Finished):
-                reason = "length" if event.reason == "stop" else event.reason
-                yield replace(event, reason=reason, usage=replace(event.usage, completion_tokens=0))
-            elif isinstance(event, Started | PromptScores):
-                yield event
-
-
 def routes(service: Serves) -> APIRouter:
     """The route of completions."""
     router = APIRouter()
@@ -203,7 +191,7 @@ def routes(service: Serves) -> APIRouter:
         model = service.check_model(body.model)
         streams = [service.stream(call) for call in body.calls(service.max_tokens)]
         if body.only_prompt:
-            streams = [_without_text(stream) for stream in streams]
+            streams = [without_text(stream) for stream in streams]
         return await TextReply(body, model, streams, service).answer(request)
 
     return router

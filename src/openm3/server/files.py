@@ -9,7 +9,6 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from time import time
 from typing import Annotated, BinaryIO, Literal
 from uuid import uuid4
@@ -22,9 +21,11 @@ from openm3.errors import ConfigError
 from openm3.server.errors import RequestError
 from openm3.server.openai_bodies import MiniMaxStatus
 from openm3.server.settings import ServerSettings
+from openm3.server.temporary import TemporaryFolder
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _MOST_LISTED = 10_000
+_CONTENT = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 Upload = Annotated[UploadFile, File(description="The file itself.")]
 Purpose = Annotated[str, Form(max_length=64, description="What it is for, e.g. `video_understanding`.")]
@@ -50,8 +51,12 @@ class FileStore:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._is_temporary = settings.files_dir is None
-        self._folder = settings.files_dir or Path(mkdtemp(prefix="openm3-files-"))
+        self._temporary: TemporaryFolder | None = None
+        if settings.files_dir is None:
+            self._temporary = TemporaryFolder()
+            self._folder = self._temporary.path
+            return
+        self._folder = settings.files_dir
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,6 +73,8 @@ class FileStore:
             raise RequestError(f"the file is longer than {settings.max_file_bytes} bytes", status=413, param="file")
         if size + sum(file.bytes for file in self.files()) > settings.max_files_bytes:
             raise RequestError("there is no room for more files: delete some", status=413, param="file")
+        if self._temporary is not None:
+            self._temporary.make()
         now = int(time())
         file = StoredFile(f"file-{uuid4().hex}", size, now, now + int(settings.file_seconds), filename, purpose)
         with open(self._folder / f"{file.id}.part", "wb") as target:
@@ -106,8 +113,8 @@ class FileStore:
 
     def close(self) -> None:
         """Remove a temporary folder with all that is in it."""
-        if self._is_temporary:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()
 
     def _read(self, name: str) -> StoredFile | None:
         try:
@@ -207,7 +214,7 @@ def routes(store: FileStore) -> APIRouter:
         """What is known of a file."""
         return _as_openai(await asyncio.to_thread(store.get, file_id))
 
-    @router.get("/{file_id}/content", response_class=FileResponse)
+    @router.get("/{file_id}/content", response_class=FileResponse, responses={200: _CONTENT})
     async def file_content(file_id: str) -> FileResponse:
         """A file's content, as it was uploaded."""
         file = await asyncio.to_thread(store.get, file_id)

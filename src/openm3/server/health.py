@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,6 +17,9 @@ class Status(BaseModel):
     """That all is well; otherwise the answer is an error."""
 
     status: Literal["ok", "ready"]
+
+
+_UNWELL: dict[int | str, dict[str, Any]] = {503: {}}
 
 
 def routes(service: Service) -> APIRouter:
@@ -39,8 +42,8 @@ def routes(service: Service) -> APIRouter:
         """What the server counts, in Prometheus' text format."""
         return PlainTextResponse(service.metrics.render(await service.stats()), media_type=CONTENT_TYPE_LATEST)
 
-    router.get("/health")(health)
-    router.get("/ready")(ready)
+    router.get("/health", responses=_UNWELL)(health)
+    router.get("/ready", responses=_UNWELL)(ready)
     router.get("/metrics", response_class=PlainTextResponse)(metrics)
     for path, endpoint in (("/health", health), ("/ready", ready), ("/metrics", metrics)):
         router.head(path, include_in_schema=False)(endpoint)

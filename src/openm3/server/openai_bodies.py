@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
+
+from openm3.server.extras import Extras
 
 
 class PromptDetails(BaseModel):
@@ -74,21 +76,6 @@ class ReasoningPart(BaseModel):
     format: str
     index: int
     text: str
-
-
-class Extras(BaseModel):
-    """What this server tells beside the protocol: evidence, as `openm3 ask --json` has it, and what it cost.
-
-    `ids` are the reply's tokens, and `blocks` what each layer's groups read for them.
-    """
-
-    evidence: list[dict[str, Any]] = []
-    no_evidence: str | None = None
-    attended_share: float | None = None
-    tokens: dict[str, int] = {}
-    timings: dict[str, float | None] = {}
-    ids: list[int] = []
-    blocks: list[list[list[list[int]]]] = []
 
 
 class AssistantMessage(BaseModel):

@@ -12,12 +12,11 @@ from pydantic import Field
 from openm3.engine.request import Logprob
 from openm3.server.calls import Call, Event, Finished, Looked, Scores, Serves
 from openm3.server.errors import RequestError
-from openm3.server.evidence import report
+from openm3.server.extras import extra, joined
 from openm3.server.openai_bodies import ChatCompletion
 from openm3.server.openai_reply import Reply, finish_reason, finite
 from openm3.server.openai_types import (
     MOST_TOKENS,
-    Document,
     Effort,
     Message,
     NamedTool,
@@ -29,7 +28,7 @@ from openm3.server.openai_types import (
     Tool,
     expected,
 )
-from openm3.server.parts import with_documents
+from openm3.server.parts import Documents, with_documents
 from openm3.server.stream import EVENT_STREAM
 from openm3.tokens import Content, Thinking, ToolArguments, ToolStart
 
@@ -66,7 +65,7 @@ class ChatRequest(Sampling):
         expected('"auto", "none", "required" or {"type": "function", "function": {"name": ...}}'),
     ] = None
     parallel_tool_calls: bool | None = None
-    documents: list[Document] | None = Field(None, description="to be read before the first words of the user")
+    documents: Documents = None
     evidence: bool | None = Field(None, description="quote the passages that the answer was drawn from")
     xray: bool | None = Field(None, description="tell which blocks each token attended to")
 
@@ -75,8 +74,7 @@ class ChatRequest(Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         messages = [message.plain(f"messages[{i}]") for i, message in enumerate(self.messages)]
-        if self.documents:
-            messages = with_documents(messages, [(document.name, document.text) for document in self.documents])
+        messages = with_documents(messages, self.documents)
         tools = self._tools()
         max_tokens = min(self.max_completion_tokens or self.max_tokens or longest, longest)
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -193,7 +191,7 @@ class ChatReply(Reply):
         if tool_calls:
             message["tool_calls"] = tool_calls
         if extras := [delta["openm3"] for delta in deltas if "openm3" in delta]:
-            message["openm3"] = _joined_extras(extras)
+            message["openm3"] = joined(extras)
         scores = [one for piece in pieces if piece["logprobs"] for one in piece["logprobs"]["content"]]
         return {
             "index": pieces[-1]["index"],
@@ -246,11 +244,11 @@ class _Writer:
                 yield {"tool_calls": [call]}
             case ToolArguments(index, text) if text:
                 yield {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-            case Looked(ids, blocks):
-                yield {"openm3": {"ids": ids, "blocks": blocks}}
+            case Looked():
+                yield {"openm3": extra(event)}
             case Finished():
                 yield from self._closed()
-                found = report(event)
+                found = extra(event)
                 yield {"openm3": found} if found else {}
 
     def _closing(self) -> str:
@@ -282,14 +280,6 @@ def _joined_calls(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
     return list(calls.values())
-
-
-def _joined_extras(extras: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lists grow; all else is told once."""
-    whole: dict[str, Any] = {}
-    for key, value in (item for extra in extras for item in extra.items()):
-        whole[key] = whole[key] + value if key in whole and isinstance(value, list) else value
-    return whole
 
 
 def routes(service: Serves) -> APIRouter:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -193,20 +192,6 @@ class Message(Fields):
         if self.tool_calls:
             message["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
         return message
-
-
-def _lines(text: str) -> str:
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise PydanticCustomError("blank", "must hold more than white space")
-    return text
-
-
-class Document(Fields):
-    """A text to be read, its lines ended by any newline, and the name that evidence calls it by."""
-
-    name: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$", validation_alias=AliasChoices("name", "title"))
-    text: Annotated[str, AfterValidator(_lines)]
 
 
 class Function(Fields):

@@ -18,6 +18,11 @@ class Packets:
         self._held: Thinking | Content | ToolArguments | None = None
         self._is_first = True
 
+    @property
+    def holds(self) -> bool:
+        """Whether something is held back."""
+        return self._held is not None
+
     def push(self, events: Iterable[Event], *, hold: bool = True) -> Iterator[Event]:
         """What may be sent by now; without `hold` all of it."""
         for event in events:

@@ -6,13 +6,35 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from openm3.server.errors import RequestError
 from openm3.tokens.prompt import document_text
 
 _HEADER = re.compile(r"File: ([^\n]+)\n")
 _LATER_HEADER = re.compile(r"(?<=\n\n)File: [^\n]+\n")
+
+
+def _lines(text: str) -> str:
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise PydanticCustomError("blank", "must hold more than white space")
+    return text
+
+
+class Document(BaseModel):
+    """A text to be read, its lines ended by any newline, and the name that evidence calls it by."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$", validation_alias=AliasChoices("name", "title"))
+    text: Annotated[str, AfterValidator(_lines)]
+
+
+Documents = Annotated[list[Document] | None, Field(description="to be read before the first words of the user")]
 
 
 @dataclass(frozen=True)
@@ -26,17 +48,20 @@ class Part:
     body: int
 
 
-def with_documents(messages: Sequence[dict[str, Any]], documents: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The messages with (name, text) documents before the first words of the user's.
+def with_documents(messages: Sequence[dict[str, Any]], documents: Sequence[Document] | None) -> list[dict[str, Any]]:
+    """The messages with the documents before the first words of the user's.
 
     There they stand whatever is asked next, so that they are read once. Each is a part of its own: nobody has to guess
     where it ends. Raises RequestError where no message is the user's.
     """
-    written = [{"type": "text", "text": document_text(name, text)} for name, text in documents]
+    if not documents:
+        return list(messages)
+    written = [{"type": "text", "text": document_text(document.name, document.text)} for document in documents]
     for i, message in enumerate(messages):
         if message.get("role") == "user":
             content = message.get("content")
-            own = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+            text = [{"type": "text", "text": content}] if isinstance(content, str) else [content] if content else []
+            own = content if isinstance(content, list) else text
             return [*messages[:i], {**message, "content": [*written, *own]}, *messages[i + 1 :]]
     raise RequestError("documents need a message of role user to stand in", param="documents")
 

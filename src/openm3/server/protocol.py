@@ -18,8 +18,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from openm3.engine.request import SamplingParams
-from openm3.server.calls import Call, Event, Finished, Serves, Started
+from openm3.server.calls import Call, Event, Finished, Looked, Serves, Started
 from openm3.server.errors import RequestError, refusal
+from openm3.server.extras import extra, joined
 from openm3.server.stream import COMMENT, event_stream, opened, packet, whole
 
 TEMPERATURE, TOP_P = 1.0, 0.95
@@ -131,13 +132,20 @@ class Grows(Protocol):
 async def answer(
     reply: Grows, events: AsyncGenerator[Event], request: Request, *, stream: bool | None, ping: str = COMMENT
 ) -> Response:
-    """A call's reply, whole or streamed. Raises what refuses the call."""
+    """A call's reply, whole or streamed. Raises what refuses the call.
+
+    What is told beside the protocol is `openm3` of the whole reply. In a stream what tokens read is that of the event
+    after them, and not told again at the end: it is longer than all the rest.
+    """
     if stream:
         started, _ = await opened(events)
         return event_stream(_packets(reply, started, events), ping)
-    for event in await whole(request, events):
+    collected = await whole(request, events)
+    for event in collected:
         for _ in reply.add(event):
             pass
+    if told := joined(map(extra, collected)):
+        reply.body["openm3"] = told
     return JSONResponse(reply.body)
 
 
@@ -146,9 +154,14 @@ async def _packets(reply: Grows, started: Started, events: AsyncGenerator[Event]
         async with aclosing(events):
             for data in reply.add(started):
                 yield packet(data, data["type"])
+            looked: list[dict[str, Any]] = []
             async for event in events:
+                if isinstance(event, Looked):
+                    looked.append(extra(event))
+                    continue
                 for data in reply.add(event):
-                    yield packet(data, data["type"])
+                    yield packet(data | {"openm3": joined(looked)} if looked else data, data["type"])
+                    looked.clear()
     except Exception as error:
         refused = refusal(error)
         if refused is not error and refused.status >= 500:

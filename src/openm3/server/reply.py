@@ -46,6 +46,15 @@ class ReplyEvents:
             yield self._finished(delta.completion)
 
     @property
+    def holds(self) -> bool:
+        """Whether text waits for more: what `flush` gives."""
+        return self._packets.holds
+
+    def flush(self) -> Iterator[Event]:
+        """The text that waits, however short."""
+        return self._packets.flush()
+
+    @property
     def answers(self) -> bool:
         """Whether the reply so far is more than thinking."""
         return not self._thoughts.go_on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from openm3.engine.request import SamplingParams
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
+from openm3.server.parts import with_documents
 from openm3.server.protocol import (
     TEMPERATURE,
     TOP_P,
@@ -59,7 +61,7 @@ def routes(service: Serves) -> APIRouter:
         longest = service.max_tokens if body.max_output_tokens is None else body.max_output_tokens
         params = sampling(service, longest, temperature=body.temperature, top_p=body.top_p, field="max_output_tokens")
         tools = _Tools(body.tools or ())
-        call = _call(body, tools, params)
+        call = replace(_call(body, tools, params), evidence=bool(body.evidence), xray=bool(body.xray))
         response = _response(body, model, tools)
         check_json(response)
         summarise = body.reasoning is not None and body.reasoning.summary is not None
@@ -115,7 +117,7 @@ def _call(body: CountRequest, tools: _Tools, params: SamplingParams) -> Call:
     thinks = body.reasoning is None or body.reasoning.effort != "none"
     return checked(
         Call(
-            messages=_messages(body),
+            messages=with_documents(_messages(body), body.documents),
             tools=functions,
             tool_choice=choice,
             parallel_tool_calls=body.parallel_tool_calls is not False,
@@ -154,6 +156,8 @@ def _schema(body: CountRequest) -> Mapping[str, Any] | Literal[True] | None:
 
 def _messages(body: CountRequest) -> list[dict[str, Any]]:
     """The conversation in OpenAI's older format; what the assistant did between two others' turns is one message."""
+    if body.input == []:
+        raise RequestError("input must be a text or hold at least one item", param="input")
     found = [{"role": "system", "content": body.instructions}] if body.instructions else []
     for item in _items(body.input):
         match item:
@@ -171,13 +175,11 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": ""})
                 _add(item, found[-1])
-    if all(message["role"] == "system" for message in found) and not body.input:
-        raise RequestError("input must be a text or hold at least one item", param="input")
     return found
 
 
-def _items(given: str | Sequence[Item] | None) -> Sequence[Item]:
-    return [MessageItem(role="user", content=given)] if isinstance(given, str) else given or ()
+def _items(given: str | Sequence[Item]) -> Sequence[Item]:
+    return [MessageItem(role="user", content=given)] if isinstance(given, str) else given
 
 
 def _add(item: Item, message: dict[str, Any]) -> None:

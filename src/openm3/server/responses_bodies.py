@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from openm3.server.extras import Extras
+
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
@@ -104,6 +106,7 @@ class ResponseOut(BaseModel):
     tool_choice: str | dict[str, Any]
     text: dict[str, Any]
     usage: ResponseUsage
+    openm3: Extras | None = None
 
 
 class ResponseTokens(BaseModel):

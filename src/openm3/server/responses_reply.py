@@ -10,6 +10,7 @@ from uuid import uuid4
 from openm3.engine.request import Usage
 from openm3.server.calls import Event, Finished, Started
 from openm3.server.errors import RequestError
+from openm3.server.extras import extra
 from openm3.server.protocol import check_end, seal
 from openm3.tokens import Content, Thinking, ToolArguments, ToolEnd, ToolStart
 
@@ -127,6 +128,8 @@ class Reply:
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         usage = _usage(finished.usage, finished.thinking_tokens)
         self.body |= {"status": status, "incomplete_details": cut, "usage": usage, "completed_at": int(time.time())}
+        if found := extra(finished):
+            self.body["openm3"] = found
         return self._event(status, response=self.body)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from openm3.server.parts import Documents
 from openm3.server.protocol import Open, TextOr
 
 
@@ -171,7 +172,7 @@ class CountRequest(Open):
     """A conversation. Without `reasoning` the model itself decides whether to think."""
 
     model: str | None = None
-    input: TextOr[Item] | None = None
+    input: TextOr[Item]
     instructions: str | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
@@ -179,6 +180,7 @@ class CountRequest(Open):
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     previous_response_id: str | None = None
+    documents: Documents = None
 
 
 class ResponsesRequest(CountRequest):
@@ -192,3 +194,5 @@ class ResponsesRequest(CountRequest):
     store: bool | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
+    evidence: bool | None = Field(None, description="quote the passages that the answer was drawn from")
+    xray: bool | None = Field(None, description="tell which blocks each token attended to")

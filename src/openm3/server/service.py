@@ -10,9 +10,9 @@ from pathlib import Path
 from time import time
 
 from openm3.config import BLOCK
-from openm3.engine.asynchronous import AsyncEngine
+from openm3.engine.asynchronous import AsyncEngine, Reply
 from openm3.engine.constraint import Constraint
-from openm3.engine.request import Attention, SamplingParams
+from openm3.engine.request import Attention, Delta, SamplingParams
 from openm3.errors import BusyError, OpenM3Error
 from openm3.model.model import Model
 from openm3.ops import native
@@ -29,6 +29,9 @@ from openm3.tokens import StreamDecoder
 
 PACE = 0.04
 """Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
+
+SILENCE = 0.25
+"""Seconds that text too short for a packet waits for more: models of four tokens a second still fill their packets."""
 
 
 class Service:
@@ -141,7 +144,13 @@ class Service:
         self.metrics.started(len(ids))
         with contextlib.closing(reply), self.metrics.written() as written:
             yield Started(len(ids))
-            async for delta in reply:
+            delta = None
+            while delta is None or delta.completion is None:
+                delta = await _next(reply, told)
+                if delta is None:
+                    for event in told.flush():
+                        yield event
+                    continue
                 count_tokens(completion=written.add(delta))
                 if self._closing and delta.finish_reason == "abort":
                     raise _stopping()
@@ -198,6 +207,16 @@ class Service:
             attention=call.evidence or params.attention,
             attention_after=self._think_end if call.messages is not None else params.attention_after,
         )
+
+
+async def _next(reply: Reply, told: ReplyEvents) -> Delta | None:
+    """The next delta; None after a silence in which there is text to send."""
+    if not told.holds:
+        return await anext(reply)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SILENCE):
+            return await anext(reply)
+    return None
 
 
 def _evidence(call: Call, ids: list[int], decoder: StreamDecoder, attention: Attention | None) -> Evidence:

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
-from openm3.server.calls import Event, Started
+from openm3.server.calls import Event, Finished, PromptScores, Started
 from openm3.server.errors import RequestError
 
 PING_SECONDS = 10.0
@@ -95,6 +97,18 @@ async def opened(events: AsyncIterator[Event]) -> tuple[Started, AsyncIterator[E
     first = await anext(events)
     assert isinstance(first, Started)
     return first, events
+
+
+async def without_text(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """A call as if nothing had been written: the engine always writes one token."""
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Finished):
+                reason = "length" if event.reason == "stop" else event.reason
+                usage = replace(event.usage, completion_tokens=0)
+                yield replace(event, reason=reason, usage=usage, thinking_tokens=0, stop=None)
+            elif isinstance(event, Started | PromptScores):
+                yield event
 
 
 async def whole(request: Request, events: AsyncIterator[Item]) -> list[Item]:

@@ -6,19 +6,23 @@ import asyncio
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from openm3.server.calls import Call
 from openm3.server.errors import RequestError
+from openm3.server.parts import Documents, with_documents
 from openm3.server.service import Service
 
 
 class TokenizeRequest(BaseModel):
     """A text or a conversation. The model's tokenizer adds no tokens of its own to a text."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+
     model: str | None = None
     prompt: str | None = Field(None, description="A text; what reads like a control token becomes one.")
     messages: list[dict[str, Any]] | None = Field(None, description="Or a conversation, read as a chat's prompt.")
+    documents: Documents = None
     tools: list[dict[str, Any]] | None = None
     thinking: Literal["enabled", "disabled", "adaptive"] = "adaptive"
     return_token_strs: bool | None = Field(None, description="Whether to say each token's text, too.")
@@ -68,8 +72,11 @@ def routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
+        if body.documents and body.messages is None:
+            raise RequestError("documents need messages to stand in", param="documents")
         if body.messages is not None:
-            ids = await service.ids(Call(messages=body.messages, tools=body.tools or (), thinking=body.thinking))
+            messages = with_documents(body.messages, body.documents)
+            ids = await service.ids(Call(messages=messages, tools=body.tools or (), thinking=body.thinking))
         else:
             ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", special=True)
         texts = [tokenizer.decode([i]) for i in ids] if body.return_token_strs else None

@@ -16,13 +16,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from openm3.config import BLOCK
 from openm3.evidence.places import decoded
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
-from openm3.server.parts import Part, located
+from openm3.server.parts import Documents, Part, located, with_documents
 from openm3.tokens import StreamDecoder
 
 NUM_KEPT = 4
@@ -39,6 +39,7 @@ class ContextBody(BaseModel):
     """A conversation as in /v1/chat/completions, and the ids of the reply to it as far as they are known."""
 
     messages: list[dict[str, Any]]
+    documents: Documents = None
     tools: list[dict[str, Any]] = []
     thinking: ThinkingMode = ThinkingMode()
     reply: list[int] = []
@@ -47,9 +48,12 @@ class ContextBody(BaseModel):
 class BlockBody(BaseModel):
     """A block of a context. `context` is the name that /xray/context gave it; without one, the conversation itself."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["messages"]}, {"required": ["context"]}]})
+
     block: int = Field(ge=0)
     context: str | None = None
     messages: list[dict[str, Any]] | None = None
+    documents: Documents = None
     tools: list[dict[str, Any]] = []
     thinking: ThinkingMode = ThinkingMode()
     reply: list[int] = []
@@ -150,7 +154,7 @@ def routes(service: Serves) -> APIRouter:
     async def context(body: ContextBody) -> ContextReply:
         return (await contexts.get(body)).described()
 
-    @router.post("/xray/block", summary="The text of one block, with its document and lines")
+    @router.post("/xray/block", summary="The text of one block, with its document and lines", responses={404: {}})
     async def block(body: BlockBody) -> BlockReply:
         if body.context is not None and (kept := contexts.kept(body.context)):
             return kept.block(body.block)
@@ -181,19 +185,21 @@ class _Contexts:
         name = hashlib.sha256(json.dumps(body.model_dump()).encode()).hexdigest()
         if found := self.kept(name):
             return found
-        call = Call(messages=body.messages, tools=body.tools, thinking=body.thinking.type)
-        ids = await self._service.ids(call)
-        made = await asyncio.to_thread(_made, name, body, ids, self._service.decoder())
+        messages = with_documents(body.messages, body.documents)
+        ids = await self._service.ids(Call(messages=messages, tools=body.tools, thinking=body.thinking.type))
+        made = await asyncio.to_thread(_made, name, messages, ids, body.reply, self._service.decoder())
         self._kept[name] = made
         while len(self._kept) > NUM_KEPT:
             self._kept.popitem(last=False)
         return made
 
 
-def _made(name: str, body: ContextBody, ids: Sequence[int], decoder: StreamDecoder) -> Context:
-    text, begins = decoded(decoder, (*ids, *body.reply))
-    parts = list(located(body.messages, text))
-    if body.reply:
+def _made(
+    name: str, messages: Sequence[dict[str, Any]], ids: Sequence[int], reply: Sequence[int], decoder: StreamDecoder
+) -> Context:
+    text, begins = decoded(decoder, (*ids, *reply))
+    parts = list(located(messages, text))
+    if reply:
         start = begins[len(ids)]
         parts.append(Part("assistant", None, start, len(text), start))
     return Context(name, text, begins, parts, len(ids))

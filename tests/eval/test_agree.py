@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import openm3
 from openm3 import cli
+from openm3.errors import CheckpointError
 from openm3.eval.agree import Agreement, compare
 from openm3.model.model import Model, load
 
@@ -78,9 +80,58 @@ def test_selection_off_differs_as_it_must(cases: dict[str, Agreement]) -> None:
     assert case.logit_error is not None and case.logit_error > 1
 
 
-def test_media_cases_are_named_and_skipped(cases: dict[str, Agreement]) -> None:
-    assert list(cases) == [*TEXT, "long_dense", *MEDIA]
-    assert {cases[name].verdict for name in MEDIA} == {"skipped: images and video are not implemented yet"}
+@pytest.mark.parametrize("name", MEDIA)
+def test_recorded_pictures_and_videos(cases: dict[str, Agreement], name: str) -> None:
+    case = cases[name]
+    assert (case.verdict, case.ok) == ("agrees", True)
+    assert case.logit_error is not None and case.logit_error < 2e-4
+    assert (case.blocks_differ, case.greedy_differ, case.greedy) == (0, 0, 24)
+    assert case.blocks + case.near_ties == 6 * (case.tokens + 23)
+    assert case.pixel_error is not None and case.pixel_error < 2.1 / 255
+    if name == "image_two":  # no features were recorded
+        assert case.vision_error is None
+    else:
+        assert case.vision_error is not None and case.vision_error < 5e-5
+
+
+def test_every_case_is_compared(cases: dict[str, Agreement]) -> None:
+    assert sorted(cases) == sorted([*TEXT, "long_dense", *MEDIA])
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        (lambda tensors: tensors["pixel_values"].add_(0.05), "logit_error"),
+        (lambda tensors: tensors["image_u8"].clamp_(8), "pixel_error"),
+        (lambda tensors: tensors["image_embeds"].add_(1e-3), "vision_error"),
+    ],
+)
+def test_what_is_seen_otherwise_differs(
+    model: Model, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], sign: str
+) -> None:
+    recording = part(tmp_path, "image0")
+    tensors = load_file(recording / "image0.safetensors")
+    change(tensors)
+    save_file(tensors, recording / "image0.safetensors")
+    (case,) = compare(model, recording)
+    limits = {"logit_error": 2e-4, "pixel_error": 2.1 / 255, "vision_error": 2e-4}
+    assert not case.ok and getattr(case, sign) > limits[sign]
+
+
+def test_a_model_that_sees_nothing_skips_pictures(model: Model, tmp_path: Path) -> None:
+    blind = Model(model.network, model.tokenizer, "blind")
+    blind.config = replace(model.config, vision=None)
+    (case,) = compare(blind, part(tmp_path, "image0"))
+    assert case == Agreement("image0", "skipped: the model sees no pictures")
+
+
+def test_pixels_without_their_grids_are_refused(model: Model, tmp_path: Path) -> None:
+    recording = part(tmp_path, "image_two")
+    tensors = load_file(recording / "image_two.safetensors")
+    del tensors["image_grid_thw"]
+    save_file(tensors, recording / "image_two.safetensors")
+    with pytest.raises(CheckpointError, match="image_grid_thw does not describe"):
+        list(compare(model, recording))
 
 
 def test_reference_agrees_too(model: Model, tmp_path: Path) -> None:

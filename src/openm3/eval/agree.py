@@ -3,16 +3,16 @@
 A recording is a folder of safetensors files, one a case, and `manifest.json`. A case holds `input_ids` and
 `attention_mask` [R, S] (rows padded at the right), `logits` [R, n, V] of the last n positions, `blocks.{layer}`
 [R, G, S, K] with `block_margin.{layer}` [R, G, S] (how clearly the last block won), and the greedy `gen_ids` with their
-`gen_blocks.*`. `NAME_dense` holds only the logits of case NAME with selection off: a model that agrees with it does not
-select.
+`gen_blocks.*`. What a case with pictures or a video holds beside that `agree_media` says. `NAME_dense` holds only the
+logits of case NAME with selection off: a model that agrees with it does not select.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from openm3.errors import CheckpointError
+from openm3.errors import CheckpointError, PromptError
+from openm3.eval.agree_media import has_media, pixel_errors, pixels_agree, recorded_media, vision_error
 from openm3.eval.report import table
 from openm3.model.model import Model, load
+from openm3.tokens.media import Media
 
 TOLERANCE = 2e-4
 """Largest allowed difference of a float32 logit."""
@@ -38,7 +40,8 @@ _DENSE = "_dense"
 class Agreement:
     """One case compared: what differs, out of how much, and whether that is as it should be.
 
-    `blocks` counts selections (one a token, group and layer), `near_ties` those left out of it.
+    `blocks` counts selections (one a token, group and layer), `near_ties` those left out of it. `vision_error` is of
+    features and of tokens made of pictures, `pixel_error` of pixels made of them, of a range of 1.
     """
 
     case: str
@@ -51,6 +54,8 @@ class Agreement:
     near_ties: int = 0
     greedy: int = 0
     greedy_differ: int = 0
+    vision_error: float | None = None
+    pixel_error: float | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,18 +83,14 @@ def find_recording(folder: Path) -> Path:
 def compare(model: Model, recording: Path) -> Iterator[Agreement]:
     """Compare every recorded case with the model, in the manifest's order. Raises CheckpointError for unusable files.
 
-    Cases with images or video come last and are skipped.
+    Cases with images or video are skipped for a model that sees none.
     """
-    manifest = _manifest(recording)
-    media = {name for name, info in manifest.items() if "grid_thw" in info}
-    named = [name for name in manifest if name not in media]
+    named = list(_manifest(recording))
     if missing := [name for name in named if not (recording / f"{name}.safetensors").is_file()]:
         raise CheckpointError(f"{recording} lacks the recorded cases {', '.join(missing)}")
-    others = sorted({path.stem for path in recording.glob("*.safetensors")} - manifest.keys())
+    others = sorted({path.stem for path in recording.glob("*.safetensors")} - set(named))
     for name in [*named, *others]:
         yield _compare_case(model, recording, name)
-    for name in sorted(media):
-        yield Agreement(name, "skipped: images and video are not implemented yet")
 
 
 def render(cases: list[Agreement]) -> str:
@@ -101,12 +102,16 @@ def render(cases: list[Agreement]) -> str:
         greedy = f"{case.greedy_differ} of {case.greedy}" if case.greedy else ""
         error = "" if skipped else f"{case.logit_error:.1e}"
         ties = f"{case.near_ties:,}" if case.blocks else ""
-        rows.append([case.case, f"{case.tokens:,}" if case.tokens else "", error, blocks, ties, greedy, case.verdict])
-    head = ["case", "tokens", "logit error", "blocks differ", "near ties", "greedy differ", "verdict"]
+        vision = "" if case.vision_error is None else f"{case.vision_error:.1e}"
+        pixels = "" if case.pixel_error is None else f"{case.pixel_error * 255:.0f}/255"
+        tokens = f"{case.tokens:,}" if case.tokens else ""
+        rows.append([case.case, tokens, error, blocks, ties, greedy, vision, pixels, case.verdict])
+    head = ["case", "tokens", "logit error", "blocks differ", "near ties", "greedy differ"]
+    head += ["vision error", "pixels", "verdict"]
     bad = [case.case for case in cases if not case.ok]
     checked = sum(case.logit_error is not None for case in cases)
     end = f"outside tolerance: {', '.join(bad)}" if bad else f"all {checked} compared cases are as they should be"
-    return f"{table(head, rows, '<>>>>><')}\n\n{end} (logits within {TOLERANCE:g}, blocks and greedy tokens equal)"
+    return f"{table(head, rows, '<>>>>>>><')}\n\n{end} (logits within {TOLERANCE:g}, blocks and greedy tokens equal)"
 
 
 def _manifest(recording: Path) -> dict[str, dict[str, Any]]:
@@ -122,21 +127,29 @@ def _manifest(recording: Path) -> dict[str, dict[str, Any]]:
 
 def _compare_case(model: Model, recording: Path, name: str) -> Agreement:
     tensors = _tensors(recording / f"{name}.safetensors")
-    if any(key.startswith("pixel_values") for key in tensors):
-        return Agreement(name, "skipped: images and video are not implemented yet")
+    if has_media(tensors) and model.config.vision is None:
+        return Agreement(name, "skipped: the model sees no pictures")
     dense = name.endswith(_DENSE) and "input_ids" not in tensors
     base = recording / f"{name.removesuffix(_DENSE)}.safetensors"
     if dense and base.is_file():
         tensors |= {key: value for key, value in _tensors(base).items() if key in ("input_ids", "attention_mask")}
     if "input_ids" not in tensors:
         return Agreement(name, "skipped: no input_ids")
-    rows = [_compare_row(model, row, name) for row in _rows(tensors, name)]
+    media = recorded_media(tensors, name) if has_media(tensors) else []
+    rows = [_compare_row(model, row, name, media) for row in _rows(tensors, name)]
     total = _sum(name, rows)
+    seen = True
+    if media:
+        pixels = pixel_errors(tensors, media, name)
+        vision = vision_error(model, tensors, media)
+        total = replace(total, vision_error=vision, pixel_error=None if pixels is None else pixels[0])
+        seen = (vision or 0.0) <= TOLERANCE
+        seen &= pixels is None or pixels_agree(*pixels)
     close = total.logit_error is not None and total.logit_error <= TOLERANCE
     if dense:
         verdict = "agrees, but must not: the model does not select" if close else "differs, as it must"
         return Agreement(**{**asdict(total), "verdict": verdict, "ok": not close})
-    ok = close and not total.blocks_differ and not total.greedy_differ
+    ok = close and seen and not total.blocks_differ and not total.greedy_differ
     return Agreement(**{**asdict(total), "verdict": "agrees" if ok else "differs", "ok": ok})
 
 
@@ -169,26 +182,30 @@ def _rows(tensors: Mapping[str, Tensor], name: str) -> Iterator[dict[str, Tensor
         yield row
 
 
-def _compare_row(model: Model, row: Mapping[str, Tensor], name: str) -> Agreement:
+def _compare_row(model: Model, row: Mapping[str, Tensor], name: str, media: Sequence[Media] = ()) -> Agreement:
     ids, recorded = row["ids"].tolist(), row["logits"]
     if recorded.shape[1] != model.config.vocab_size:
         vocab = model.config.vocab_size
         raise CheckpointError(f"case {name} records {recorded.shape[1]} logits a token, the model has {vocab}")
-    logit_TV = model.logits(ids).cpu()
+    try:
+        logit_TV = model.logits(ids, media).cpu()
+    except PromptError as wrong:
+        raise CheckpointError(f"case {name} cannot be run: {wrong}") from None
     difference = logit_TV[len(ids) - recorded.shape[0] :] - recorded
     # NaN and infinity count as the largest error there is, which JSON can still hold.
     largest = torch.finfo(torch.float32).max
     error = difference.nan_to_num(nan=largest).abs().max().item() if recorded.shape[0] else 0.0
     target = row["gen_ids"].tolist() if "gen_ids" in row else []
-    made = list(model.generate(ids, max_new_tokens=len(target))) if target else []
-    wrong = sum(a != b for a, b in zip(made, target, strict=True))
-    counts = _compare_blocks(model, ids + target[:-1], row) if any(key.startswith("blocks.") for key in row) else {}
-    return Agreement(name, "", tokens=len(ids), logit_error=error, greedy=len(target), greedy_differ=wrong, **counts)
+    made = list(model.generate(ids, media=media, max_new_tokens=len(target))) if target else []
+    misses = sum(a != b for a, b in zip(made, target, strict=True))
+    has_blocks = any(key.startswith("blocks.") for key in row)
+    counts = _compare_blocks(model, ids + target[:-1], row, media) if has_blocks else {}
+    return Agreement(name, "", tokens=len(ids), logit_error=error, greedy=len(target), greedy_differ=misses, **counts)
 
 
-def _compare_blocks(model: Model, ids: list[int], row: Mapping[str, Tensor]) -> dict[str, Any]:
+def _compare_blocks(model: Model, ids: list[int], row: Mapping[str, Tensor], media: Sequence[Media]) -> dict[str, Any]:
     """Selections over a prompt and its recorded continuation, compared as sets where the recorded margin is clear."""
-    traced = model.trace(ids).blocks
+    traced = model.trace(ids, media).blocks
     counts: dict[str, Any] = {"blocks": 0, "blocks_differ": 0, "near_ties": 0}
     for layer in (int(key.removeprefix("blocks.")) for key in row if key.startswith("blocks.")):
         recorded_TGK, margin_TG = _whole(row, "block", layer), _whole(row, "block_margin", layer)

@@ -57,7 +57,10 @@ def _refusals(path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any
         yield from (400, 408, 413)
     if "{" in path or "model" in _fields(operation, schemas):
         yield 404
-    if "text/event-stream" in operation["responses"]["200"]["content"]:
+    # Pictures and videos are read for whatever takes a conversation.
+    if "text/event-stream" in operation["responses"]["200"]["content"] or _CONVERSATIONS & set(
+        _fields(operation, schemas)
+    ):
         yield 503
 
 
@@ -73,6 +76,7 @@ def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
+_CONVERSATIONS = {"messages", "input"}
 _TEXT = {"type": "string"}
 _MAYBE = {"anyOf": [_TEXT, {"type": "null"}]}
 _DETAIL = _object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE, http_code=_TEXT)

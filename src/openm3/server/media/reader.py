@@ -33,8 +33,8 @@ _SPACE = b" \t\r\n\f"
 class MediaReader:
     """Reads what requests show. `close` it.
 
-    What was read last is kept, up to `media_cache_bytes`, by the content of its file and the options: the same picture
-    in the next turn is neither decoded nor resized again.
+    What was read last is kept, up to `media_cache_bytes`, by what was sent and the options: the same picture in the next
+    turn is neither decoded nor resized again.
     """
 
     def __init__(self, files: FileStore, settings: ServerSettings, fetcher: Fetcher | None = None) -> None:
@@ -83,38 +83,50 @@ class MediaReader:
             ) from None
 
     async def _found(self, one: Wanted) -> Media:
-        name, source = await self._located(one)
-        key = hashlib.blake2b(name + repr((one.kind, one.image, one.video)).encode()).digest()
+        scheme = one.url[:10].partition(":")[0].lower()
+        source: bytes | Path | None = None
+        if scheme == "mm_file":
+            # Files never change.
+            file = await asyncio.to_thread(self._files.get, one.url.partition("://")[2])
+            name, source = file.id.encode(), self._files.path(file.id)
+        elif scheme == "data":
+            # As it is written: the next turn writes it alike, and need not be decoded to be known.
+            name = await asyncio.to_thread(_hashed, one.url)
+        elif scheme in ("http", "https"):
+            source = await self._fetched(one.url)
+            name = await asyncio.to_thread(_hashed, source)
+        else:
+            raise PromptError(f"the address must begin with data:, mm_file:// or https://, not {one.url[:20]!r}")
+        key = name + repr((one.kind, one.image, one.video)).encode()
         # Choices of one request ask for the same: the first has it read, the others find it.
         async with self._locks.setdefault(key, asyncio.Lock()):
             if (kept := self._kept.get(key)) is not None:
                 return kept
+            if source is None:
+                source = _sendable(await asyncio.to_thread(data_of, one.url))
             job = Job(one.kind, one.image, one.video, self._limits, self._settings.media_seconds)
             media = await self._workers.read(job, source)
             self._kept.add(key, media)
             return media
 
-    async def _located(self, one: Wanted) -> tuple[bytes, bytes | Path]:
-        """What tells a file's content from all others', and the content or where it is."""
-        scheme = one.url[:10].partition(":")[0].lower()
-        if scheme == "mm_file":
-            # Files never change.
-            file = await asyncio.to_thread(self._files.get, one.url.partition("://")[2])
-            return file.id.encode(), self._files.path(file.id)
-        if scheme == "data":
-            data = await asyncio.to_thread(data_of, one.url)
-        elif scheme not in ("http", "https"):
-            raise PromptError(f"the address must begin with data:, mm_file:// or https://, not {one.url[:20]!r}")
-        elif self._fetcher is None:
+    async def _fetched(self, url: str) -> bytes:
+        if self._fetcher is None:
             raise PromptError(
                 "this server fetches nothing from the web: send a data: URI, upload a file and name it as "
                 "mm_file://FILE_ID, or start the server with --allow-media-urls"
             )
-        else:
-            data = await self._fetcher.get(one.url, MOST_SENT)
-        if len(data) > MOST_SENT:
-            raise PromptError(f"it is longer than {MOST_SENT:,} bytes: upload it, and name it as mm_file://FILE_ID")
-        return await asyncio.to_thread(lambda: hashlib.blake2b(data).digest()), data
+        return _sendable(await self._fetcher.get(url, MOST_SENT))
+
+
+def _hashed(content: str | bytes) -> bytes:
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return hashlib.sha256(data).digest()
+
+
+def _sendable(data: bytes) -> bytes:
+    if len(data) > MOST_SENT:
+        raise PromptError(f"it is longer than {MOST_SENT:,} bytes: upload it, and name it as mm_file://FILE_ID")
+    return data
 
 
 class _Kept:

@@ -120,7 +120,8 @@ class Context:
     text: str
     begins: Sequence[int]
     parts: Sequence[Part]
-    prompt: Prompt
+    media: Sequence[MediaReply]
+    num_prompt: int
 
     @property
     def num_tokens(self) -> int:
@@ -133,10 +134,14 @@ class Context:
         for part in self.parts:
             tokens = bisect_right(self.begins, part.start) - 1, bisect_left(self.begins, part.stop)
             parts.append(PartReply(role=part.role, source=part.source, tokens=tokens))
-        reply = [self.text[i:k] for i, k in pairwise(self.begins[len(self.prompt.ids) :])]
-        media = [_media_reply(item, i, self.prompt.runs) for i, item in enumerate(self.prompt.media)]
+        reply = [self.text[i:k] for i, k in pairwise(self.begins[self.num_prompt :])]
         return ContextReply(
-            context=self.name, tokens=self.num_tokens, block_size=BLOCK, parts=parts, media=media, reply=reply
+            context=self.name,
+            tokens=self.num_tokens,
+            block_size=BLOCK,
+            parts=parts,
+            media=list(self.media),
+            reply=reply,
         )
 
     def block(self, block: int) -> BlockReply:
@@ -222,7 +227,9 @@ def _made(
     if reply:
         start = begins[len(prompt.ids)]
         parts.append(Part("assistant", None, start, len(text), start))
-    return Context(name, text, begins, parts, prompt)
+    # Without the patches, of which there may be a lot.
+    media = [_media_reply(item, i, prompt.runs) for i, item in enumerate(prompt.media)]
+    return Context(name, text, begins, parts, media, len(prompt.ids))
 
 
 def _media_reply(item: Media, number: int, runs: Sequence[Run]) -> MediaReply:

@@ -113,6 +113,8 @@ def test_redirects_are_followed_three_times_and_checked_each_time() -> None:
         get({"/a": redirect("http://inner.example/secret")})
     with pytest.raises(PromptError, match="must come from an address of http"):
         get({"/a": redirect("file:///etc/passwd")})
+    with pytest.raises(PromptError, match="redirects to one that is not valid"):
+        get({"/a": redirect("http://[::1/a")})
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,8 @@ def test_by_itself_it_never_goes_to_this_machine_or_its_networks() -> None:
     for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "10.1.2.3", "169.254.169.254", "0.0.0.0"):
         with pytest.raises(PromptError, match="is not at a public address"):
             asyncio.run(fetcher.get(f"http://{host}:1/a", 100))
+    with pytest.raises(PromptError, match="is not known"):
+        asyncio.run(fetcher.get("http://a\0b:1/a", 100))
 
 
 @pytest.mark.parametrize(

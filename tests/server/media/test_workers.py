@@ -184,15 +184,14 @@ def test_closing_ends_what_runs_and_refuses_what_comes(play: Play) -> None:
     play(test)
 
 
-def test_the_process_knows_no_torch_and_ignores_ctrl_c() -> None:
+def test_the_process_is_small_and_hears_no_ctrl_c() -> None:
     code = "import sys, openm3.server.media.process; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert told.stdout == "False\n"
     workers = Workers()
     try:
-        media = asyncio.run(workers.read(JOB, picture()))
-        os.kill(workers.pids[0], signal.SIGINT)
-        assert same(asyncio.run(workers.read(JOB, picture())), media)
+        asyncio.run(workers.read(JOB, picture()))
+        assert os.getpgid(workers.pids[0]) != os.getpgid(0)
         status = Path(f"/proc/{workers.pids[0]}/status")
         if status.exists():
             peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

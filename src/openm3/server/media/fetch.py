@@ -70,7 +70,7 @@ class Fetcher:
                     found = await self._answer(url, most)
                     if isinstance(found, bytes):
                         return found
-                    url = urljoin(url, found)
+                    url = _joined(url, found)
         except TimeoutError:
             raise PromptError(f"the address did not give it within {self._seconds:g} s") from None
         raise PromptError(f"the address redirects more than {MOST_REDIRECTS} times")
@@ -81,11 +81,12 @@ class Fetcher:
         host, is_tls = parts.hostname or "", parts.scheme == "https"
         port = parts.port or (443 if is_tls else 80)
         address = await self._address(host, port)
-        # Made here: reading the system's certificates takes a while.
-        context = (self._context or ssl.create_default_context()) if is_tls else None
+        if is_tls and self._context is None:
+            # Reading the system's certificates takes a while.
+            self._context = await asyncio.to_thread(ssl.create_default_context)
         try:
             reader, writer = await asyncio.open_connection(
-                address, port, ssl=context, server_hostname=host if is_tls else None
+                address, port, ssl=self._context if is_tls else None, server_hostname=host if is_tls else None
             )
         except ssl.SSLCertVerificationError as error:
             raise PromptError(f"the certificate of {host} is not valid: {error.verify_message}") from None
@@ -93,7 +94,7 @@ class Fetcher:
             raise PromptError(f"{host} cannot be reached") from None
         try:
             return await _exchange(reader, writer, parts, most)
-        except (OSError, h11.RemoteProtocolError):
+        except (OSError, h11.ProtocolError):
             raise PromptError(f"{host} broke the connection off, or does not speak HTTP") from None
         finally:
             writer.close()
@@ -104,13 +105,20 @@ class Fetcher:
         """The address to connect to. Raises PromptError unless all that the host has are allowed."""
         try:
             found = await self._resolve(host, port)
-        except (OSError, UnicodeError):
+        except (OSError, ValueError):
             found = []
         if not found:
             raise PromptError(f"the host {host[:100]!r} is not known")
         if not all(map(self._allows, found)):
             raise PromptError(f"the host {host[:100]!r} is not at a public address")
         return found[0]
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise PromptError("the address redirects to one that is not valid") from None
 
 
 def _checked(url: str) -> SplitResult:

@@ -109,8 +109,6 @@ def nameless_file(data: Any) -> int:
 def main(link: socket.socket, memory: int) -> None:
     """Do jobs until the other end is closed, with `memory` bytes of address space at most."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    # Ctrl-C is the server's business, which then closes the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICENESS)
     while True:
         try:

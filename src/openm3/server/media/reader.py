@@ -33,8 +33,8 @@ _SPACE = b" \t\r\n\f"
 class MediaReader:
     """Reads what requests show. `close` it.
 
-    What was read last is kept, up to `media_cache_bytes`, by what was sent and the options: the same picture in the next
-    turn is neither decoded nor resized again.
+    What was read last is kept, up to `media_cache_bytes`, by what was sent and the options: the same picture in the
+    next turn is neither decoded nor resized again.
     """
 
     def __init__(self, files: FileStore, settings: ServerSettings, fetcher: Fetcher | None = None) -> None:

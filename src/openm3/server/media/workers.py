@@ -163,6 +163,8 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Ctrl-C is the server's business, which then closes the socket.
+                process_group=0,
                 env=environment,
             )
 

@@ -92,10 +92,14 @@ class Service:
         message = f"the model {name!r} does not exist here; this server has: {served}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
 
-    async def stream(self, call: Call) -> AsyncGenerator[Event]:
-        """Run a call; closing the iterator ends it within one step of the engine. Raises as `errors.refusal` knows."""
+    def check_open(self) -> None:
+        """Raises RequestError once the server is told to stop."""
         if self._closing:
             raise _stopping()
+
+    async def stream(self, call: Call) -> AsyncGenerator[Event]:
+        """Run a call; closing the iterator ends it within one step of the engine. Raises as `errors.refusal` knows."""
+        self.check_open()
         self._num_running += 1
         try:
             async with contextlib.aclosing(self._run(call)) as events:
@@ -112,6 +116,7 @@ class Service:
 
     async def prompt(self, call: Call) -> Prompt:
         """A call's prompt, as `stream` would have the model read it. Raises as `count` does."""
+        self.check_open()
         call, media = await self._seen(call)
         ids = await asyncio.to_thread(self._ids, call, media)
         return Prompt(ids, media, self._check_media(ids, media))

@@ -70,6 +70,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """The token ids of a text or a conversation."""
+        service.check_open()
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")

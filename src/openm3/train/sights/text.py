@@ -6,7 +6,7 @@ from PIL import Image
 
 from openm3.train.sights.canvas import MIN_CONTRAST, Box, Colour, Painter, contrast, ink_for, luminance_range, paste
 from openm3.train.sights.sight import Sight, point_text
-from openm3.train.sights.sources import cap_height
+from openm3.train.sights.sources import Face, cap_height, font
 
 NUMBER_QUESTIONS = (
     "What number is in the picture?",
@@ -177,4 +177,20 @@ def _written(
     paste(image, mask, ink(painter, image, box), (x, y))
     spelled = " ".join(drawn.split())
     finest = size * cap_height(face)
-    return Sight([painter.worn(image, finest)], None, rng.choice(questions), answer, spelled, kind, box)
+    pixels, shown = painter.worn(image, finest), glyphs(drawn, face, box)
+    return Sight([pixels], None, rng.choice(questions), answer, spelled, kind, box, shown=shown)
+
+
+def glyphs(drawn: str, face: Face, box: Box) -> tuple[tuple[str, Box], ...]:
+    """About where each character of writing that fills a box is, if it is not turned: in lines of equal height."""
+    lines = drawn.split("\n")
+    ruler = font(face, 40)
+    widest = max(1.0, *(ruler.getlength(line) for line in lines))
+    left, top, right, bottom = box
+    found = []
+    for row, line in enumerate(lines):
+        ends = [left + (right - left) * ruler.getlength(line[:i]) / widest for i in range(len(line) + 1)]
+        y0, y1 = (round(top + (bottom - top) * edge / len(lines)) for edge in (row, row + 1))
+        spans = zip(line, ends, ends[1:], strict=False)
+        found += [(c, (round(x0), y0, round(x1), y1)) for c, x0, x1 in spans if not c.isspace()]
+    return tuple(found)

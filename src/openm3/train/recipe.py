@@ -41,6 +41,7 @@ class Recipe:
     text_weight: float = 0.5
     loss_share: float = 0.4
     index_weight: float = 1.0
+    sight_weight: float = 1.0
     index_rows: int = 96
     seed: int = 0
     checkpoint_minutes: float = 3.0

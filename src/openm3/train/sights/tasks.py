@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[float, Callable[[Painter], Sight]]] = {
     "minute": (1, videos.minute),
     "video_number": (1, videos.video_number),
     "caption": (4, captions.caption),
+    "writing": (0, text.writing),
 }
 """Every kind: its weight, and what makes one."""
 

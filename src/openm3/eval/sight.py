@@ -1,6 +1,6 @@
 """What a model sees of held-out pictures and videos: cases with one right answer each, and their scores.
 
-Fonts, photos, clip art and words of the cases are never trained on. The model is a callable, so that cases can be put to
+Fonts, photos, clip art and words of the cases are never trained on. The model is a callable: cases can be put to
 anything that answers.
 """
 
@@ -74,7 +74,8 @@ def _inside(sight: Sight, x: int, y: int) -> bool:
     assert sight.target is not None
     height, width, _ = sight.frames[0].shape
     left, top, right, bottom = sight.target
-    return left <= (x + 0.5) / 100 * width < right and top <= (y + 0.5) / 100 * height < bottom
+    across, down = (x + 0.5) / 100 * width, (y + 0.5) / 100 * height
+    return bool(left <= across < right and top <= down < bottom)
 
 
 @dataclass(frozen=True, eq=False)

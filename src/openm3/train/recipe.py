@@ -83,9 +83,13 @@ TINY_VISION = VisionConfig(
 """The eyes of m3-tiny: as many weights as the rest of it."""
 
 
-_GLIMPSES = Mixture(length=512, tokens=1024, max_questions=6, echo_share=0.1, pictured=4096, inserted_share=0.2)
-_PAGES = Mixture(length=2048, tokens=4096, max_questions=12, pictured=4096, inserted_share=0.3)
-_CROWDS = Mixture(length=2048, tokens=4096, max_questions=16, crowd_share=0.6, pictured=4096, inserted_share=0.3)
+_GLIMPSES = Mixture(
+    length=512, tokens=1024, max_questions=6, echo_share=0.1, pictured=2048, inserted_share=0.2, shown=4096
+)
+_PAGES = Mixture(length=2048, tokens=4096, max_questions=12, pictured=4096, inserted_share=0.3, shown=2048)
+_CROWDS = Mixture(
+    length=2048, tokens=4096, max_questions=16, crowd_share=0.6, pictured=4096, inserted_share=0.3, shown=2048
+)
 _SELECTED = Mixture(length=4096, tokens=8192, max_questions=24, crowd_share=0.6, pictured=8192, inserted_share=0.3)
 _LOOKALIKES = replace(_CROWDS, crowd_share=0.7, lookalike_share=0.7)
 _SELECTED_LOOKALIKES = replace(_SELECTED, crowd_share=0.7, lookalike_share=0.7)
@@ -96,7 +100,7 @@ RECIPES = {
         vocab_size=4096,
         model=tiny_model(4096, vision=TINY_VISION),
         stages=(
-            Stage("glimpses", 2600, _GLIMPSES, selected=False),
+            Stage("glimpses", 3500, _GLIMPSES, selected=False),
             Stage("pages", 250, _PAGES, selected=False),
             Stage("crowds", 700, _CROWDS, selected=False, rate=(1.0, 0.2)),
             Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03), kept=1),

@@ -2,9 +2,10 @@
 
 From answers alone a small model does not learn to see in the time there is: a picture's tokens are noise to the text
 layers at first, which learn to pass them over, and then nothing tells the tower what to make of them. So tokens of
-pictures that are known to show something are drawn to the embedding of the text token that stands for it, "7" or " red":
-what copies text can copy what is seen. Beside that every token has to know its place in the picture, which a tower with
-relative positions alone has no need to find out. Both are trained along with all the rest and not part of the model.
+pictures that are known to show something are drawn to the embedding of the text token that stands for it, "7" or
+" red": what copies text can copy what is seen. Beside that every token has to know its place in the picture, which a
+tower with relative positions alone has no need to find out. Both are trained along with all the rest and are no part of
+the model.
 """
 
 from __future__ import annotations

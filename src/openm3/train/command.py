@@ -164,9 +164,9 @@ class _Log:
                 file.write(json.dumps(rounded) + "\n")
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean of those that are numbers."""
-    known = [value for value in values if not math.isnan(value)]
+def _mean(values: Sequence[float | None]) -> float:
+    """The mean of those that are there, NaN without any."""
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
 
 

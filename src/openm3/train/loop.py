@@ -42,7 +42,8 @@ _INSIDE = ("layers.", "vision.", "projector.")
 class Report:
     """What one step measured. Losses in nats a token, speed in tokens a second.
 
-    `seen_exact` is of answers on sight, `sight_exact` of what is where in pictures, `sight_loss` that of `SightLoss`.
+    `seen_exact` is of answers on sight, `sight_exact` of what is where in pictures, None without any; `sight_loss` is
+    `SightLoss`.
     """
 
     step: int
@@ -50,9 +51,9 @@ class Report:
     text_loss: float
     answer_loss: float
     answer_exact: float
-    seen_exact: float
+    seen_exact: float | None
     sight_loss: float
-    sight_exact: float
+    sight_exact: float | None
     index_loss: float
     tokens: int
     seconds: float
@@ -70,9 +71,9 @@ class Trainer:
         self.compiled = compiled
         self.network = Network(recipe.model)
         initialise(self.network, recipe.seed)
-        self.sight = SightLoss(recipe.model)
+        self.sight = SightLoss(recipe.model) if recipe.model.vision else None
         self.matrices, vectors = _split_parameters(self.network)
-        vectors += self.sight.parameters()
+        vectors += self.sight.parameters() if self.sight else []
         dtype = torch.bfloat16 if low_precision else torch.float32
         self.muon = Muon(self.matrices, dtype=dtype)
         self.adam = torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-10)
@@ -109,7 +110,9 @@ class Trainer:
 
         with self._fast():
             images = self._look(samples)
-            sight, named = self.sight(images, self.network.embed.weight)
+            sight, named = torch.zeros(()), None
+            if self.sight is not None:
+                sight, named = self.sight(images, self.network.embed.weight)
             hidden_TD = self.network.hidden(self._with_images(batch, rows, images), observer=observer)
             text, answer, exact, seen = self._language_losses(hidden_TD, rows)
             index = torch.stack(losses).sum()
@@ -156,7 +159,7 @@ class Trainer:
             "kept": self.kept,
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
-            "sight": self.sight.state_dict(),
+            "sight": self.sight.state_dict() if self.sight else {},
             "rows": self.rows.get_state(),
         }
         temporary = path.with_suffix(".tmp")
@@ -171,7 +174,8 @@ class Trainer:
         self.kept = state["kept"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        self.sight.load_state_dict(state["sight"])
+        if self.sight is not None:
+            self.sight.load_state_dict(state["sight"])
         self.rows.set_state(state["rows"])
         self.maker.rng.seed(f"{self.maker.seed}-{self.step}")
 
@@ -233,10 +237,10 @@ class Trainer:
         placeholders = [i for i in (config.image_id, config.video_id) if i is not None]
         return torch.isin(ids_T, torch.tensor(placeholders))
 
-    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float, float]:
+    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float, float | None]:
         """Mean next-token losses on some text and some answer tokens, and the share of the latter guessed right.
 
-        The last value is this share among the answers about pictures alone, NaN without any.
+        The last value is this share among the answers about pictures alone, None without any.
         """
         target_T = torch.cat([F.pad(r.ids_T[1:], (0, 1), value=-1) for r in rows])
         answer_T = torch.cat([F.pad(r.answer_T[1:], (0, 1), value=False) for r in rows])
@@ -251,7 +255,8 @@ class Trainer:
         loss_S = F.cross_entropy(logit_SV, target_T[token_S], reduction="none")
         right_S = (logit_SV[:split].argmax(-1) == target_T[answer_S]).float()
         seen_S = torch.cat([torch.full_like(r.ids_T, int(r.seen)) for r in rows])[answer_S].bool()
-        return loss_S[split:].mean(), loss_S[:split].mean(), right_S.mean().item(), right_S[seen_S].mean().item()
+        seen = right_S[seen_S].mean().item() if seen_S.any() else None
+        return loss_S[split:].mean(), loss_S[:split].mean(), right_S.mean().item(), seen
 
     def _index_rows(self, row: Sample) -> Tensor:
         """Tokens whose index loss counts: half of them before answer tokens, the others anywhere."""
@@ -265,7 +270,7 @@ class Trainer:
         if not dist.is_initialized():
             return
         # Where one worker saw no picture others may have seen some.
-        trained = [*self.network.parameters(), *self.sight.parameters()]
+        trained = [*self.network.parameters(), *(self.sight.parameters() if self.sight else [])]
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = [p.grad for p in trained if p.grad is not None]

@@ -27,14 +27,15 @@ class SightLoss(nn.Module):
         super().__init__()
         self.place = nn.Linear(config.hidden_size, 2)
 
-    def forward(self, images: Sequence[tuple[Glimpse, Tensor]], embed_VD: Tensor) -> tuple[Tensor, float]:
-        """The loss in nats, 0 without pictures, and the share of tokens that are nearest to something they show.
+    def forward(self, images: Sequence[tuple[Glimpse, Tensor]], embed_VD: Tensor) -> tuple[Tensor, float | None]:
+        """The loss in nats, 0 without pictures, and the share of tokens that are nearest to something they show, None
+        without.
 
         `images` are pictures with their tokens [I, D]; the embeddings get no gradient.
         """
         known = [(glimpse, image_ID) for glimpse, image_ID in images if len(glimpse.place_N)]
         if not known:
-            return embed_VD.new_zeros(()), float("nan")
+            return embed_VD.new_zeros(()), None
         id_C, column_N = torch.cat([glimpse.name_N for glimpse, _ in known]).unique(return_inverse=True)
         rows, columns, weights, first = [], column_N, torch.cat([g.weight_N for g, _ in known]), 0
         for glimpse, image_ID in known:

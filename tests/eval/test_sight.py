@@ -10,8 +10,6 @@ from openm3.eval.sight import (
     GOALS,
     ImageNeedleMaker,
     is_right,
-    score_needles,
-    score_sights,
     sight_cases,
 )
 from openm3.model.model import Model
@@ -57,23 +55,6 @@ def test_seconds_are_right_within_one() -> None:
     assert is_right(sight("At 1 second.", at=1.0), "At 0 seconds.")
 
 
-def test_scores(drawing_sources: Sources) -> None:
-    cases = [*sight_cases("number", 6, sources=drawing_sources), *sight_cases("minute", 2, sources=drawing_sources)]
-    truth = {id(c.frames): c.answer for c in cases}
-    fooled = {id(cases[1].frames), id(cases[4].frames)}
-
-    def answer(frames: object, seconds: object, question: str) -> str:
-        assert (seconds is None) == question.endswith(("picture?", "this?", "see?", "number."))
-        return "no" if id(frames) in fooled else truth[id(frames)]
-
-    scores = score_sights(cases, answer)
-    assert {k: (s.count, s.share) for k, s in scores.items()} == {
-        "number": (6, pytest.approx(4 / 6)),
-        "minute": (2, 1.0),
-    }
-    assert scores["number"].wrong == ((cases[1], "no"), (cases[4], "no"))
-
-
 def test_needles_lie_in_text_of_the_length(model: Model, sources: list[Source], drawing_sources: Sources) -> None:
     maker = ImageNeedleMaker(model.tokenizer, 1, sources, drawing_sources)
     needles = [maker.make(3000, i, 5) for i in range(5)]
@@ -92,8 +73,6 @@ def test_needles_lie_in_text_of_the_length(model: Model, sources: list[Source], 
         needles[2].after,
         needles[2].sight.answer,
     )
-    score = score_needles(needles, lambda n: n.sight.answer if n is not needles[3] else "The number is -1.")
-    assert (score.share, score.wrong) == (pytest.approx(0.8), ((needles[3].sight, "The number is -1."),))
     with pytest.raises(ConfigError, match="needle 5 is not one of 5: give 0 to 4"):
         maker.make(3000, 5, 5)
 

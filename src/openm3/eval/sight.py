@@ -1,18 +1,14 @@
 """What a model sees of held-out pictures and videos: cases with one right answer each, and their scores.
 
-Fonts, photos, clip art and words of the cases are never trained on. The model is a callable: cases can be put to
-anything that answers.
+Fonts, photos, clip art and words of the cases are never trained on.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from openm3.errors import ConfigError
 from openm3.eval.haystack import Counts, HaystackMaker
@@ -22,10 +18,6 @@ from openm3.train.corpus import Source
 from openm3.train.pictures import Sight, SightMaker
 from openm3.train.sights.sources import Sources
 from openm3.train.sights.text import NUMBER_QUESTIONS
-
-Frames = Sequence[NDArray[np.uint8]]
-Answer = Callable[[Frames, Sequence[float] | None, str], str]
-"""What a model says to (frames, seconds, question); seconds is None for a picture, which has one frame."""
 
 POINT = re.compile(r"At \((\d\d), (\d\d)\)\.")
 SECOND = re.compile(r"At (\d+) seconds?\.")
@@ -92,17 +84,6 @@ class Score:
         return 1 - len(self.wrong) / self.count
 
 
-def score_sights(cases: Iterable[Sight], answer: Answer) -> dict[str, Score]:
-    """Put every case to a model: scores by kind, in the order in which the kinds come."""
-    asked: dict[str, list[tuple[Sight, str]]] = {}
-    for sight in cases:
-        asked.setdefault(sight.kind, []).append((sight, answer(sight.frames, sight.seconds, sight.question)))
-    return {
-        kind: Score(kind, len(answers), tuple((s, a) for s, a in answers if not is_right(s, a)))
-        for kind, answers in asked.items()
-    }
-
-
 @dataclass(frozen=True, eq=False)
 class ImageNeedle:
     """A picture of a number amid text: `before`, the picture of `sight`, `after`, which ends with the question.
@@ -143,9 +124,3 @@ class ImageNeedleMaker:
         # Between two lines.
         at = text.find("\n", int(depth * len(text))) + 1
         return ImageNeedle(text[:at], sight, text[at:] + sight.question, at / len(text))
-
-
-def score_needles(needles: Iterable[ImageNeedle], answer: Callable[[ImageNeedle], str]) -> Score:
-    """Put every needle to a model that is given text, picture and text."""
-    answers = [(n.sight, answer(n)) for n in needles]
-    return Score("image_needle", len(answers), tuple((s, a) for s, a in answers if not is_right(s, a)))

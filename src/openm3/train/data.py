@@ -20,7 +20,7 @@ from openm3.tokens.prompt import user_message
 from openm3.tokens.tokenizer import SPECIALS, Tokenizer
 from openm3.tokens.video import video_from_frames
 from openm3.train.corpus import Source, gather, outline
-from openm3.train.pictures import Sight, SightMaker
+from openm3.train.pictures import WRITING, Sight, SightMaker
 from openm3.train.tasks import Question, TaskMaker
 
 
@@ -92,7 +92,7 @@ TIME_TOKENS = 14
 LEAST_SHARE = 0.3
 """Of a glyph, or of a token's square, that must be in the square to be said to be there."""
 
-SHOWN_KINDS = ("writing", "writing", "writing", "writing", "count", "colour")
+SHOWN_KINDS = (WRITING, WRITING, WRITING, WRITING, "count", "colour")
 """Kinds of pictures that are only looked at."""
 
 INSERTED_KINDS = ("number", "number", "number", "word", "colour", "shape")

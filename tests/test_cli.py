@@ -41,6 +41,8 @@ def test_ask_defaults() -> None:
         "command": "ask",
         "question": "why?",
         "file": ["a.txt", "-"],
+        "image": None,
+        "video": None,
         "model": "m3-tiny",
         "dtype": "float32",
         "weights": None,
@@ -61,7 +63,6 @@ def test_eval_takes_many_lengths() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("ask why?", "required: --file"),
         ("ask --file a.txt", "required: QUESTION"),
         ("ask why? --file a.txt --max-new-tokens 0", "'0' is not a whole number of at least 1"),
         ("ask why? --file a.txt --thinking hard", "invalid choice: 'hard'"),

@@ -97,19 +97,21 @@ def _add_ask(commands: Commands) -> None:
     parser = command(
         commands,
         "ask",
-        "answer a question from long documents, with evidence",
+        "answer a question from long documents, with evidence, and from pictures and videos",
         'openm3 ask "What is the pass key for Ada?" --file notes.txt',
         'openm3 ask "Quote the line that defines main." --file src --file "docs/*.md" --cache ~/.cache/openm3',
         'git log -p | openm3 ask "Quote the line that defines main." --file - --json',
+        'openm3 ask "What number is in the picture?" --image photo.jpg --model path/to/checkpoint',
+        'openm3 ask "At which second does the light turn red?" --video clip.mp4 --file notes.txt',
     )
     parser.add_argument("question", metavar="QUESTION", help="what to ask, one argument")
     parser.add_argument(
         "--file",
         metavar="PATH",
         action="append",
-        required=True,
         help="a file, folder or glob to read; '-' is standard input; may be repeated",
     )
+    _add_media(parser)
     add_model(parser)
     add_precision(parser)
     add_reply(parser, max_new_tokens=128)
@@ -137,10 +139,27 @@ def _add_chat(commands: Commands) -> None:
     parser.add_argument(
         "--file", metavar="PATH", action="append", help="a file, folder or glob to talk about; may be repeated"
     )
+    _add_media(parser)
     add_model(parser)
     add_precision(parser)
     add_reply(parser, max_new_tokens=512)
     add_threads(parser)
+
+
+def _add_media(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image",
+        metavar="PATH",
+        action="append",
+        help="a picture to look at: JPEG, PNG, GIF, WEBP or BMP; may be repeated. Pictures and videos stand before "
+        "the files",
+    )
+    parser.add_argument(
+        "--video",
+        metavar="PATH",
+        action="append",
+        help="a video to look at, one frame a second: MP4, MOV, Matroska, WebM, AVI or an animation; may be repeated",
+    )
 
 
 def _add_train(commands: Commands) -> None:

@@ -49,6 +49,19 @@ def add_serve(commands: Commands) -> None:
     group.add_argument("--cache-dir", metavar="DIR", help="keep what was read in this folder, for later servers too")
     group.add_argument("--files-dir", metavar="DIR", help="keep uploaded files here (default: until the server ends)")
     group.add_argument(
+        "--allow-media-urls",
+        action="store_true",
+        help="fetch pictures and videos that requests name by http(s) address, from public addresses only (default: "
+        "they come in the request, or as uploaded files)",
+    )
+    group.add_argument(
+        "--media-workers",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="processes that decode pictures and videos, started when the first comes (default: 1)",
+    )
+    group.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",

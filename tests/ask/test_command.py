@@ -50,7 +50,7 @@ def test_json_is_one_object(ask, here: Path, checkpoint: str, capsys: pytest.Cap
     value = json.loads(out)
     assert list(value) == [
         *("model", "question", "answer", "thinking", "stop", "evidence", "no_evidence", "tokens", "timings"),
-        *("attended_share", "documents", "skipped"),
+        *("attended_share", "documents", "media", "skipped"),
     ]
     assert (value["model"], value["question"], value["stop"]) == (checkpoint, "How many?", "length")
     assert value["answer"]

@@ -22,7 +22,7 @@ from openm3.errors import OpenM3Error
 from openm3.model.checkpoint import BUNDLED
 from openm3.server import page, xray
 from openm3.server.app import told
-from openm3.server.calls import Call
+from openm3.server.calls import Call, Prompt
 from openm3.server.errors import RequestError
 from openm3.server.stream import event_stream, packet
 from openm3.tokens import StreamDecoder, Tokenizer
@@ -66,9 +66,9 @@ class FakeService:
     calls: list[Call] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    async def ids(self, call: Call) -> list[int]:
+    async def prompt(self, call: Call) -> Prompt:
         self.calls.append(call)
-        return tokenizer().chat(call.messages or [], tools=call.tools, thinking=call.thinking)
+        return Prompt(tokenizer().chat(call.messages or [], tools=call.tools, thinking=call.thinking))
 
     def decoder(self) -> StreamDecoder:
         return tokenizer().decoder()

@@ -267,13 +267,6 @@ def test_a_refusal_says_what_would_be_right() -> None:
     assert "less than or equal to 2" in refused(temperature=5.0)["message"]
 
 
-@pytest.mark.parametrize("kind", ["image_url", "video_url", "input_audio", "file"])
-def test_media_is_not_supported_yet(kind: str) -> None:
-    parts = [{"type": "text", "text": "look"}, {"type": kind, kind: {"url": "data:image/png;base64,AAAA"}}]
-    error = refused(messages=[{"role": "user", "content": parts}])
-    assert error["message"] == "messages[0].content[1]: media is not supported by this server yet, only text is (2013)"
-
-
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"hi"', b"\xff", b'{"messages": ' + b"[" * 100_000])
 def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
     with TestClient(app_of(FakeService())) as client:

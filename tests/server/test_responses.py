@@ -331,7 +331,7 @@ def test_what_clients_add_is_let_through() -> None:
         ({"input": [{"role": "robot", "content": "x"}]}, "'user', 'assistant', 'system' or 'developer'"),
         ({"input": [{}]}, "type: field required"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference is not supported: nothing is stored"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image is not"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "type input_image needs a url"),
         ({"input": [{"role": "user", "content": [{"type": "hologram"}]}]}, "'hologram' without text"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "x", "arguments": {}}]}, "valid string"),
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported: nothing is stored"),

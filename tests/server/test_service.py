@@ -12,7 +12,7 @@ import pytest
 from openm3.engine.request import Completion, Delta, SamplingParams, Timings, Usage
 from openm3.errors import BusyError, EngineError, PromptError
 from openm3.model.model import Model
-from openm3.server.calls import Call, Event, Finished, Looked, PromptScores, Scores, Started
+from openm3.server.calls import Call, Event, Finished, Looked, Prompt, PromptScores, Scores, Started
 from openm3.server.errors import RequestError, refusal
 from openm3.server.service import SILENCE, Service
 from openm3.server.settings import ServerSettings
@@ -38,7 +38,7 @@ def test_a_reply_is_the_models_own(play: Play, model: Model) -> None:
         ids = model.tokenizer.chat(QUESTION, thinking="disabled")
         first, *events, last = await all_of(service, ASK)
         assert first == Started(len(ids)) and await service.count(ASK) == len(ids)
-        assert await service.ids(ASK) == ids
+        assert await service.prompt(ASK) == Prompt(ids, [])
         own = list(model.generate(ids, max_new_tokens=40, stop_ids=[model.tokenizer.eos_id]))
         assert content(events) == model.tokenizer.decode(own)
         assert isinstance(last, Finished) and last.reason == "stop" and last.thinking_tokens == 0
@@ -91,7 +91,7 @@ def test_a_reply_longer_than_the_context_is_cut_to_what_fits(play: Play) -> None
         (Call(prompt=[1_000_000]), "outside the vocabulary"),
         (Call(prompt=[-1]), "outside the vocabulary"),
         (Call(messages=[]), "messages is empty"),
-        (Call(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "only text"),
+        (Call(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "1 pictures and videos"),
         (Call(messages=QUESTION, tools=[{"type": "function"}]), "tool 0 must be a function with a name"),
     ],
 )
@@ -109,7 +109,9 @@ def test_tools_are_in_the_prompt_unless_none_may_be_called(play: Play) -> None:
 
     async def test(service: Service) -> None:
         prompts = [
-            service.tokenizer.decode(await service.ids(Call(messages=QUESTION, tools=[tool], tool_choice=choice)))
+            service.tokenizer.decode(
+                (await service.prompt(Call(messages=QUESTION, tools=[tool], tool_choice=choice))).ids
+            )
             for choice in ("auto", "none")
         ]
         assert '"name": "look_up", "parameters": {"b": 1, "a": 2}' in prompts[0]

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from openm3.ask.conversation import Conversation, OnProgress, OnText, Reply
 from openm3.ask.documents import Document
+from openm3.ask.media import Shown, content
 from openm3.errors import PromptError
 from openm3.evidence.places import Places, locate
 from openm3.evidence.quotes import CHANGED, UNATTENDED, Evidence, rank
 from openm3.model.model import Model
 from openm3.model.witness import Witness
-from openm3.tokens.prompt import user_message
 
 MAX_NEW_TOKENS = 128
+
+NO_DOCUMENTS = "there is no document to quote"
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,20 @@ class Answer:
 class Reader:
     """Reads documents once and answers any number of questions about them; with a folder `cache_dir`, also later ones.
 
+    What is `shown`, pictures and videos, stands before them.
+
     Raises ConfigError for a folder that cannot be written to. `close` writes what is still to be kept there.
     """
 
-    def __init__(self, model: Model, documents: Sequence[Document], cache_dir: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        documents: Sequence[Document],
+        cache_dir: str | Path | None = None,
+        shown: Sequence[Shown] = (),
+    ) -> None:
         self.documents = tuple(documents)
+        self._shown = tuple(shown)
         self._conversation = Conversation(model, cache_dir)
 
     def answer(
@@ -68,9 +79,9 @@ class Reader:
         """
         if not question.strip():
             raise PromptError("the question is empty")
-        content = user_message([(d.name, d.text) for d in self.documents], question)
-        messages = [{"role": "user", "content": content}]
-        ids = self._conversation.encode(messages, thinking=thinking, max_new_tokens=max_new_tokens)
+        messages = [{"role": "user", "content": content(self._shown, self.documents, question)}]
+        media = [one.media for one in self._shown]
+        ids = self._conversation.encode(messages, thinking=thinking, max_new_tokens=max_new_tokens, media=media)
         if on_start is not None:
             on_start(len(ids) + max_new_tokens)
         places = locate(self._conversation.model.tokenizer, ids, self.documents)
@@ -79,6 +90,7 @@ class Reader:
             ids,
             thinking=thinking,
             max_new_tokens=max_new_tokens,
+            media=media,
             witness=witness,
             on_progress=on_progress,
             on_text=on_text,
@@ -99,6 +111,8 @@ class Reader:
         reason = None
         if places is None:
             reason = CHANGED
+        elif not self.documents:
+            reason = NO_DOCUMENTS
         elif not evidence:
             reason = UNATTENDED
         return Answer(

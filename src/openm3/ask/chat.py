@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 
 from openm3.ask.conversation import Conversation
 from openm3.ask.documents import Document, collect
+from openm3.ask.media import Shown, content, look
 from openm3.ask.terminal import Bar, Voice, show_notes, write
 from openm3.errors import OpenM3Error
 from openm3.model.model import Model, load
-from openm3.tokens.prompt import user_message
+from openm3.tokens.media import Kind
 
 HELP = """\
 /file PATH   read a file, folder or glob; it goes with your next message
+/image PATH  show a picture with your next message
+/video PATH  show a video with it
 /reset       forget the conversation and its files
 /help        show this
 /quit        leave; so does Ctrl-D
@@ -31,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
     talk = Talk(model, args.thinking, args.max_new_tokens)
     for path in args.file or ():
         talk.add_file(path)
+    for path in args.image or ():
+        talk.show(path, "image")
+    for path in args.video or ():
+        talk.show(path, "video")
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ModuleNotFoundError):
@@ -58,11 +66,13 @@ class Talk:
     """A conversation, and what its user may type."""
 
     def __init__(self, model: Model, thinking: str, max_new_tokens: int) -> None:
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self._thinking = thinking
         self._max_new_tokens = max_new_tokens
         self._conversation = Conversation(model)
         self._documents: list[Document] = []
+        self._shown: list[Shown] = []
+        self._seen: list[Shown] = []
 
     def take(self, line: str) -> bool:
         """Do what one line says; False to leave. Raises OpenM3Error and leaves the conversation as it was."""
@@ -72,9 +82,11 @@ class Talk:
         if word == "/help":
             write(HELP + "\n")
         elif word == "/reset":
-            self.messages, self._documents = [], []
+            self.messages, self._documents, self._shown, self._seen = [], [], [], []
         elif word == "/file" and rest.strip():
             self.add_file(rest.strip())
+        elif word in ("/image", "/video") and rest.strip():
+            self.show(rest.strip(), "image" if word == "/image" else "video")
         elif word.startswith("/"):
             write(f"{word} is no command, or lacks its PATH: see /help\n", sys.stderr)
         elif line:
@@ -88,19 +100,29 @@ class Talk:
         self._documents += found.documents
         write(f"{len(found.documents)} file(s), {sum(len(d.text) for d in found.documents):,} characters\n", sys.stderr)
 
+    def show(self, path: str, kind: Kind) -> None:
+        """Put a picture or video before the next message. Raises PromptError."""
+        shown = look(path, kind)
+        self._shown.append(shown)
+        write(f"{shown.line()}\n", sys.stderr)
+
     def say(self, text: str) -> None:
         """Send a message and write the reply. Raises PromptError if the conversation has grown too long.
 
         Interrupted while reading, or with nothing written, the message is taken back; a reply cut short is kept.
         """
-        content = user_message([(d.name, d.text) for d in self._documents], text)
-        messages = [*self.messages, {"role": "user", "content": content}]
-        ids = self._conversation.encode(messages, thinking=self._thinking, max_new_tokens=self._max_new_tokens)
+        messages = [*self.messages, {"role": "user", "content": content(self._shown, self._documents, text)}]
+        seen = [*self._seen, *self._shown]
+        media = [one.media for one in seen]
+        ids = self._conversation.encode(
+            messages, thinking=self._thinking, max_new_tokens=self._max_new_tokens, media=media
+        )
         with Bar() as bar:
             reply = self._conversation.reply(
                 ids,
                 thinking=self._thinking,
                 max_new_tokens=self._max_new_tokens,
+                media=media,
                 on_progress=bar.update,
                 on_text=Voice().say,
             )
@@ -108,4 +130,4 @@ class Talk:
         if reply.stop == "interrupted" and not reply.text:
             return
         self.messages = [*messages, {"role": "assistant", "content": reply.text}]
-        self._documents = []
+        self._documents, self._shown, self._seen = [], [], seen

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,9 +19,11 @@ from openm3.ask.memory import check_memory
 from openm3.config import BLOCK
 from openm3.engine.archive import Archive
 from openm3.engine.pages import page_hashes
+from openm3.engine.request import named, placed
 from openm3.model.model import Model
 from openm3.model.session import Session
 from openm3.model.witness import Witness
+from openm3.tokens.media import Media
 from openm3.tokens.router import Content, Event, StreamRouter, Thinking
 
 MOST_BYTES = 64 << 30
@@ -67,14 +69,26 @@ class Conversation:
         if cache_dir is not None:
             self._archive = Archive(model.network, model.session(1).pools, cache_dir, most_bytes=MOST_BYTES)
         self._kept = 0
-        self._ids: list[int] = []
+        # The tokens read, by what their keys depend on.
+        self._names: list[int] = []
         ends = {model.tokenizer.eos_id, model.config.eos_id}
         self._end_ids = frozenset(i for i in ends if i is not None)
         self._think_end = model.tokenizer.token_id("</mm:think>")
 
-    def encode(self, messages: Sequence[Mapping[str, str]], *, thinking: str, max_new_tokens: int) -> list[int]:
-        """The ids of a prompt. Raises PromptError if it and the reply exceed the model's limit or the memory."""
-        ids = self.model.check_ids(self.model.tokenizer.chat(messages, thinking=thinking), max_new_tokens)
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: str,
+        max_new_tokens: int,
+        media: Sequence[Media] = (),
+    ) -> list[int]:
+        """The ids of a prompt; `media` are the pictures and videos of its messages, in order.
+
+        Raises PromptError if it and the reply exceed the model's limit or the memory, or the model sees no media.
+        """
+        ids = self.model.tokenizer.chat(messages, thinking=thinking, media=media)
+        self.model.check_media(self.model.check_ids(ids, max_new_tokens), media)
         needed = len(ids) + max_new_tokens
         if self._session is None or needed > self._session.capacity:
             check_memory(self.model.config, needed, self.model.network.embed.weight.element_size())
@@ -86,18 +100,20 @@ class Conversation:
         *,
         thinking: str,
         max_new_tokens: int,
+        media: Sequence[Media] = (),
         witness: Witness | None = None,
         on_progress: OnProgress | None = None,
         on_text: OnText | None = None,
     ) -> Reply:
-        """Read the prompt (made with the mode `thinking`) and write greedily up to an end token.
+        """Read the prompt (made with the mode `thinking` and these media) and write greedily up to an end token.
 
         `on_progress` gets the new tokens read so far and in all, `on_text` each part of the reply. The witness counts
         the steps that write the answer, not those of thinking. Ctrl-C while reading raises KeyboardInterrupt and keeps
         what was read; while writing it ends the reply.
         """
         begin = perf_counter()
-        num_read, num_restored, logit_V = self._read(list(ids), max_new_tokens, thinking, witness, on_progress)
+        prompt = _Prompt(list(ids), media, self.model)
+        num_read, num_restored, logit_V = self._read(prompt, max_new_tokens, thinking, witness, on_progress)
         read = perf_counter()
         writer = _Writer(self.model, thinking, on_text)
         stop = self._write(logit_V, max_new_tokens, writer, witness)
@@ -108,23 +124,24 @@ class Conversation:
             num_prompt=len(ids),
             num_read=num_read,
             num_restored=num_restored,
-            num_written=len(self._ids) - len(ids),
+            num_written=len(self._names) - len(ids),
             read_seconds=read - begin,
             write_seconds=perf_counter() - read,
         )
 
     def _read(
-        self, ids: list[int], room: int, thinking: str, witness: Witness | None, on_progress: OnProgress | None
+        self, prompt: _Prompt, room: int, thinking: str, witness: Witness | None, on_progress: OnProgress | None
     ) -> tuple[int, int, Tensor]:
         """Read what is new of a prompt; its last token alone, as the first step of the answer.
 
         Returns how many tokens were computed and restored, and the logits after the last.
         """
+        ids, names = prompt.ids, prompt.names
         session = self._with_room(len(ids) + room)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, ids, strict=False)))
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._names, names, strict=False)))
         known = min(same, session.length, len(ids) - 1)
         session.rewind(known)
-        self._ids = ids.copy()
+        self._names = names.copy()
         num_new = len(ids) - known
 
         def report(done: int) -> None:
@@ -132,7 +149,7 @@ class Conversation:
                 on_progress(done, num_new)
 
         report(0)
-        hashes = [] if self._archive is None else list(page_hashes(ids, self._archive.root))
+        hashes = [] if self._archive is None else list(page_hashes(names, self._archive.root))
         begin = session.length
         self._restore(hashes[: (len(ids) - 1) // BLOCK], session, lambda: report(session.length - known))
         restored = session.length
@@ -144,7 +161,7 @@ class Conversation:
             report(restored - known + done)
 
         if restored < len(ids) - 1:
-            session.read(ids[restored:-1], on_progress=read)
+            session.read(ids[restored:-1], on_progress=read, images=prompt.images(restored))
         if witness is not None:
             witness.watching = thinking != "enabled"
         logit_V = session.read(ids[-1:], observer=witness)
@@ -176,7 +193,7 @@ class Conversation:
         answering = False
         try:
             for token in self._session.decode(logit_V, limit, witness):
-                self._ids.append(token)
+                self._names.append(token)
                 if token in self._end_ids:
                     stop = "end"
                     break
@@ -212,6 +229,24 @@ class Conversation:
             new.length = old.length
         self._session = new
         return new
+
+
+class _Prompt:
+    """A prompt's ids, and what stands for the placeholders among them."""
+
+    def __init__(self, ids: list[int], media: Sequence[Media], model: Model) -> None:
+        self.ids = ids
+        self._media = media
+        self._model = model
+        self.names = named(ids, placed(media, model.check_media(ids, media)))
+
+    def images(self, first: int) -> tuple[Tensor, Tensor] | None:
+        """Places from `first` on, counted from there, and the inputs [I, D] that stand there."""
+        last = max((i for i, name in enumerate(self.names) if name < 0), default=-1)
+        if last < first or (seen := self._model.see(self.ids, self._media)) is None:
+            return None
+        begin = int((seen[0] < first).sum())
+        return seen[0][begin:] - first, seen[1][begin:]
 
 
 class _Writer:

@@ -239,6 +239,20 @@ def placed(media: Sequence[Media], found: Sequence[Run]) -> list[Placed]:
     return parts
 
 
+def named(ids: Sequence[int], media: Sequence[Placed], first: int = 0) -> list[int]:
+    """Tokens that stand in a prompt from position `first` on, by what their keys depend on.
+
+    A placeholder stands for its part of a picture or video: a number below zero, drawn from the content's hash.
+    """
+    names = list(ids)
+    for part in media:
+        for i in part.within(first, first + len(ids)):
+            token = struct.pack(">qq", part.row, i - part.first + part.offset)
+            digest = hashlib.blake2b(part.media.digest + token, digest_size=8).digest()
+            names[i - first] = -1 - (int.from_bytes(digest, "big") >> 1)
+    return names
+
+
 @dataclass(eq=False)
 class Request:
     """A request on its way. Its keys for `ids[:computed]` are in `pages`; the scheduler alone changes those.
@@ -289,17 +303,8 @@ class Request:
         return self.ids[len(self.prompt) :]
 
     def names(self, first: int, stop: int) -> list[int]:
-        """The tokens from `first` up to `stop` by what their keys depend on.
-
-        A placeholder stands for its part of a picture or video: a number below zero, drawn from the content's hash.
-        """
-        names = self.ids[first:stop]
-        for part in self.media:
-            for i in part.within(first, stop):
-                token = struct.pack(">qq", part.row, i - part.first + part.offset)
-                digest = hashlib.blake2b(part.media.digest + token, digest_size=8).digest()
-                names[i - first] = -1 - (int.from_bytes(digest, "big") >> 1)
-        return names
+        """The tokens from `first` up to `stop` by what their keys depend on; see `named`."""
+        return named(self.ids[first:stop], self.media, first)
 
     def attend(self, seen: Attention, token: int) -> None:
         """Add what was attended to when `token` was drawn."""

@@ -100,16 +100,19 @@ class Model:
         if max_new_tokens < 0:
             raise PromptError(f"max_new_tokens must not be negative, not {max_new_tokens}")
         ids = self.check_ids(ids, max_new_tokens)
-        return self._generate(ids, self._seen(ids, media), max_new_tokens, frozenset(stop_ids))
+        return self._generate(ids, self.see(ids, media), max_new_tokens, frozenset(stop_ids))
 
     def _whole(self, ids: Sequence[int], media: Sequence[Media]) -> Batch:
         ids = self.check_ids(ids)
-        batch, seen = Batch.whole([torch.tensor(ids)]).to(self.device), self._seen(ids, media)
+        batch, seen = Batch.whole([torch.tensor(ids)]).to(self.device), self.see(ids, media)
         return batch if seen is None else batch.with_images(*seen)
 
     @torch.inference_mode()
-    def _seen(self, ids: Sequence[int], media: Sequence[Media]) -> tuple[Tensor, Tensor] | None:
-        """Where placeholders stand, and what stands for them, [I, D]."""
+    def see(self, ids: Sequence[int], media: Sequence[Media]) -> tuple[Tensor, Tensor] | None:
+        """Where a prompt's placeholders stand, and the inputs [I, D] that stand there; None without any.
+
+        Raises PromptError as `check_media` does.
+        """
         places = [place for run in self.check_media(ids, media) for place in range(run.first, run.first + run.count)]
         if not places:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 from uuid import uuid4
@@ -31,6 +31,7 @@ from openm3.server.anthropic_types import (
 from openm3.server.calls import Call, Event, Finished, Serves, Started
 from openm3.server.errors import RequestError, error_body
 from openm3.server.extras import extra
+from openm3.server.media.parts import content_of, media_part
 from openm3.server.parts import with_documents
 from openm3.server.protocol import (
     answer,
@@ -49,7 +50,6 @@ PING = packet({"type": "ping"}, "ping")
 
 MESSAGE = {"model": MessageOut} | EVENT_STREAM
 
-_MEDIA = ("image", "video", "document")
 # What earlier turns with another server's own tools or caches leave in a conversation: nothing that a model reads.
 _PASSED_OVER = ("redacted_thinking", "server_tool_use", "mcp_tool_use", "container_upload", "compaction")
 _STOP_REASONS = {"tool_calls": "tool_use", "length": "max_tokens", "timeout": "max_tokens"}
@@ -158,47 +158,62 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
     """The conversation in OpenAI's format."""
     if body.messages[-1].role == "assistant":
         raise RequestError("the last message is the assistant's: its words cannot be continued", param="messages")
-    found = _system(_blocks(body.system or ""))
-    for role, turns in groupby(body.messages, key=lambda message: message.role):
-        blocks = [block for turn in turns for block in _blocks(turn.content)]
+    found = _system(_blocks(body.system or "", "system"))
+    for role, turns in groupby(enumerate(body.messages), key=lambda numbered: numbered[1].role):
+        blocks = [block for i, turn in turns for block in _blocks(turn.content, f"messages[{i}].content")]
         found += {"user": _user, "assistant": _assistant, "system": _system}[role](blocks)
     return found
 
 
-def _blocks(content: str | Sequence[Block]) -> Sequence[Block]:
-    return [TextBlock(type="text", text=content)] if isinstance(content, str) else content
+@dataclass(frozen=True)
+class _Placed:
+    """A block and its place in the request."""
+
+    block: Block
+    where: str
 
 
-def _system(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    text = _text([block for block in blocks if not _is_billing(block)], "system")
-    return [{"role": "system", "content": text}] if text else []
+def _blocks(content: str | Sequence[Block], where: str) -> list[_Placed]:
+    if isinstance(content, str):
+        return [_Placed(TextBlock(type="text", text=content), where)]
+    return [_Placed(block, f"{where}[{i}]") for i, block in enumerate(content)]
+
+
+def _system(placed: Sequence[_Placed]) -> list[dict[str, Any]]:
+    content = _content([one for one in placed if not _is_billing(one.block)], "system")
+    return [{"role": "system", "content": content}] if content else []
 
 
 def _is_billing(block: Block) -> bool:
     return isinstance(block, TextBlock) and block.text.startswith(_BILLING)
 
 
-def _user(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+def _user(placed: Sequence[_Placed]) -> list[dict[str, Any]]:
     """What the calls gave, then what the user says to it."""
-    results = [block for block in blocks if isinstance(block, ToolResultBlock)]
-    others = [block for block in blocks if not isinstance(block, ToolResultBlock)]
-    text = _text(others, "user")
-    said = [{"role": "user", "content": text}] if text or not results else []
-    return [{"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)} for block in results] + said
+    results = [
+        {"role": "tool", "tool_call_id": one.block.tool_use_id, "content": _result(one.block, one.where)}
+        for one in placed
+        if isinstance(one.block, ToolResultBlock)
+    ]
+    content = _content([one for one in placed if not isinstance(one.block, ToolResultBlock)], "user")
+    return results + ([{"role": "user", "content": content}] if content or not results else [])
 
 
-def _result(block: ToolResultBlock) -> str:
-    text = _text(_blocks(block.content or ""), "tool_result")
-    return f"Error: {text}" if block.is_error else text
+def _result(block: ToolResultBlock, where: str) -> str | list[dict[str, Any]]:
+    content = _content(_blocks(block.content or "", f"{where}.content"), "tool_result")
+    if not block.is_error:
+        return content
+    return f"Error: {content}" if isinstance(content, str) else [{"type": "text", "text": "Error: "}, *content]
 
 
-def _assistant(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+def _assistant(placed: Sequence[_Placed]) -> list[dict[str, Any]]:
     """One turn: all its thoughts, all its text, all its calls, as the model's grammar has them."""
     message: dict[str, Any] = {"role": "assistant"}
+    blocks = [one.block for one in placed]
     thoughts = [block for block in blocks if isinstance(block, ThinkingBlock)]
     calls = [block for block in blocks if isinstance(block, ToolUseBlock)]
-    others = [block for block in blocks if not isinstance(block, ThinkingBlock | ToolUseBlock)]
-    message["content"] = _text(others, "assistant", between="")
+    others = [one for one in placed if not isinstance(one.block, ThinkingBlock | ToolUseBlock)]
+    message["content"] = _content(others, "assistant", between="")
     if thoughts:
         message["reasoning_content"] = "".join(block.thinking or unseal(block.signature) for block in thoughts)
     if calls:
@@ -206,19 +221,22 @@ def _assistant(blocks: Sequence[Block]) -> list[dict[str, Any]]:
     return [message]
 
 
-def _text(blocks: Sequence[Block], place: str, between: str = "\n") -> str:
-    """The blocks' text. Raises RequestError for blocks that have none or cannot stand at this place."""
-    texts = []
-    for block in blocks:
-        if isinstance(block, TextBlock):
-            texts.append(block.text)
-        elif not isinstance(block, OtherBlock):
-            raise RequestError(f"a block of type {block.type} cannot stand in {place} content", param="messages")
-        elif block.type in _MEDIA:
-            raise RequestError(f"{block.type} blocks are not supported yet: only text is", param="messages")
-        elif block.type not in _PASSED_OVER and not block.type.endswith("_tool_result"):
-            raise RequestError(f"a block of type {block.type!r} is not understood in {place} content", param="messages")
-    return between.join(texts)
+def _content(placed: Sequence[_Placed], place: str, between: str = "\n") -> str | list[dict[str, Any]]:
+    """What the blocks say and show. Raises RequestError for those that do neither or cannot stand at this place."""
+    return content_of((part for one in placed for part in _part(one.block, one.where, place)), between)
+
+
+def _part(block: Block, where: str, place: str) -> Iterator[str | dict[str, Any]]:
+    if isinstance(block, TextBlock):
+        yield block.text
+    elif not isinstance(block, OtherBlock):
+        raise RequestError(f"a block of type {block.type} cannot stand in {place} content", param="messages")
+    elif (shown := media_part(dict(block), where)) is not None:
+        yield shown
+    elif block.type == "document":
+        raise RequestError(f"{where}: document blocks are not supported: send text in documents", param=where)
+    elif block.type not in _PASSED_OVER and not block.type.endswith("_tool_result"):
+        raise RequestError(f"a block of type {block.type!r} is not understood in {place} content", param="messages")
 
 
 class _Reply:

@@ -27,8 +27,7 @@ PROTOCOLS = (health, models, tokenize, openai_chat, completions, responses, anth
 
 def create_app(service: Service) -> FastAPI:
     """The ASGI application over a service. Its end removes temporary files; closing the service is the caller's."""
-    settings = service.settings
-    store = files.FileStore(settings)
+    settings, store = service.settings, service.files
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

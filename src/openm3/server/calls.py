@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from openm3.engine.request import Logprob, SamplingParams, Timings, Usage
-from openm3.tokens import Content, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
+from openm3.tokens import Content, Media, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One reply that is asked for: a conversation, or a bare prompt (text or token ids) whose reply is all content.
 
-    `messages` and `tools` are in OpenAI's format (`reasoning_content`, `tool_calls` and role `tool` included).
+    `messages` and `tools` are in OpenAI's format (`reasoning_content`, `tool_calls` and role `tool` included); pictures
+    and videos among their parts are as `media.parts` makes them.
     `tool_choice` is "auto", "none", "required" or the name of one tool. `schema` is None for free text, True for any
     JSON object, or a JSON schema. At most `thinking_budget` tokens are thought, None for as many as it takes. `echo`
     has the log-probabilities of the prompt's own tokens computed as well (`params.logprobs` says how many).
@@ -39,6 +40,14 @@ class Call:
     xray: bool = False
     evidence: bool = False
     progress: bool = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads: token ids, and the pictures and videos that their placeholders stand for, in order."""
+
+    ids: Sequence[int]
+    media: Sequence[Media] = ()
 
 
 @dataclass(frozen=True)
@@ -162,8 +171,8 @@ class Serves(Protocol):
     def token_bytes(self, id: int) -> bytes:
         """A token's own text as UTF-8, of which it may hold a part; nothing for ids that stand for no token."""
 
-    async def ids(self, call: Call) -> list[int]:
-        """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
+    async def prompt(self, call: Call) -> Prompt:
+        """A call's prompt, as `stream` would have the model read it. Raises as `count` does."""
 
     def decoder(self) -> StreamDecoder:
         """A fresh decoder of the model's ids, one at a time."""

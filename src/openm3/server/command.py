@@ -174,6 +174,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         max_tokens=args.max_tokens,
         reply_seconds=args.timeout,
         grace=args.grace,
+        allow_media_urls=args.allow_media_urls,
+        media_workers=args.media_workers,
         files_dir=None if args.files_dir is None else Path(args.files_dir),
     )
 

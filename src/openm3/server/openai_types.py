@@ -22,6 +22,7 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from openm3.engine.request import SamplingParams
 from openm3.server.errors import RequestError
+from openm3.server.media.parts import media_part
 
 MOST_TOKENS = 524_288
 """The longest reply that the contract lets anybody name; a server gives what it can."""
@@ -133,11 +134,19 @@ class Sampling(Fields):
         )
 
 
+_ADDRESS = (
+    "an object with `url` (a data URI, `mm_file://FILE_ID` or, where allowed, a web address), `detail` (low, default, "
+    "high) and `max_long_side_pixel` (150 to 3584)"
+)
+
+
 class Part(Fields):
     """A part of a message's content."""
 
-    type: str = Field(json_schema_extra={"enum": ["text", "thinking", "refusal"]})
+    type: str = Field(json_schema_extra={"enum": ["text", "image_url", "video_url", "file", "thinking", "refusal"]})
     text: str | None = None
+    image_url: Any = Field(None, description=f"{_ADDRESS}, which may be all there is")
+    video_url: Any = Field(None, description=f"{_ADDRESS} and `fps`, 0.2 to 5 frames a second")
     thinking: str | None = None
     refusal: str | None = None
 
@@ -262,29 +271,16 @@ class TemplateOptions(Fields):
     enable_thinking: bool | None = None
 
 
-_MEDIA = {
-    "image_url",
-    "video_url",
-    "input_audio",
-    "file",
-    "image",
-    "video",
-    "audio",
-    "input_image",
-    "input_video",
-    "input_file",
-}
-
-
-def _plain_part(part: str | Part, where: str) -> dict[str, str]:
+def _plain_part(part: str | Part, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if (shown := media_part(dict(part), where)) is not None:
+        return shown
     kind = "thinking" if part.type == "thinking" else "text"
     text = part.refusal if part.type == "refusal" else getattr(part, kind)
-    if part.type in _MEDIA:
-        raise RequestError(f"{where}: media is not supported by this server yet, only text is", param=where)
     if part.type not in ("text", "thinking", "refusal"):
-        raise RequestError(f"{where}: the type of a part must be text, not {part.type!r}", param=where)
+        what = "the type of a part must be text, image_url or video_url"
+        raise RequestError(f"{where}: {what}, not {part.type!r}", param=where)
     if text is None:
         raise RequestError(f"{where}: a part of type {part.type} must have its text", param=where)
     return {"type": kind, kind: text}

@@ -21,6 +21,7 @@ from openm3.engine.request import SamplingParams
 from openm3.server.calls import Call, Event, Finished, Looked, Serves, Started
 from openm3.server.errors import RequestError, refusal
 from openm3.server.extras import extra, joined
+from openm3.server.media.parts import Wanted
 from openm3.server.stream import COMMENT, event_stream, opened, packet, whole
 
 TEMPERATURE, TOP_P = 1.0, 0.95
@@ -84,9 +85,15 @@ def checked(call: Call) -> Call:
 def check_json(value: object) -> None:
     """Raises RequestError for what Python's parser lets in, but what is no JSON or cannot be written as such again."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False, default=_shown).encode()
     except (ValueError, RecursionError):
         raise RequestError("the request holds NaN, Infinity, half a surrogate pair or endless nesting") from None
+
+
+def _shown(value: object) -> None:
+    """What a part shows is no JSON, and checked where it is read."""
+    if not isinstance(value, Wanted):
+        raise TypeError(value)
 
 
 def function(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:

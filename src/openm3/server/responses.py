@@ -15,6 +15,7 @@ from starlette.responses import Response
 from openm3.engine.request import SamplingParams
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
+from openm3.server.media.parts import content_of, media_part
 from openm3.server.parts import with_documents
 from openm3.server.protocol import (
     TEMPERATURE,
@@ -48,7 +49,6 @@ from openm3.server.responses_types import (
 from openm3.server.stream import EVENT_STREAM
 
 _STORED = ("previous_response_id", "conversation", "prompt")
-_MEDIA = ("input_image", "input_file", "input_video", "input_audio", "computer_screenshot")
 
 
 def routes(service: Serves) -> APIRouter:
@@ -158,16 +158,16 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
     """The conversation in OpenAI's older format; what the assistant did between two others' turns is one message."""
     if body.input == []:
         raise RequestError("input must be a text or hold at least one item", param="input")
-    found = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    for item in _items(body.input):
+    found: list[dict[str, Any]] = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    for i, item in enumerate(_items(body.input)):
         match item:
             case CallOutput():
-                text = _text(item.output)
-                found.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+                content = _content(item.output, f"input[{i}].output")
+                found.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
             case MessageItem(role="user"):
-                found.append({"role": "user", "content": _text(item.content)})
+                found.append({"role": "user", "content": _content(item.content, f"input[{i}].content")})
             case MessageItem(role="system" | "developer"):
-                found.append({"role": "system", "content": _text(item.content)})
+                found.append({"role": "system", "content": _content(item.content, f"input[{i}].content")})
             case OtherItem():
                 if item.type == "item_reference":
                     raise RequestError("item_reference is not supported: nothing is stored here", param="input")
@@ -191,7 +191,8 @@ def _add(item: Item, message: dict[str, Any]) -> None:
             if thoughts:
                 message["reasoning_content"] = message.get("reasoning_content", "") + thoughts
         case MessageItem():
-            message["content"] += _text(item.content, between="")
+            text = item.content if isinstance(item.content, str) else "".join(map(_text, item.content))
+            message["content"] += text
         case FunctionCall():
             call = tool_call(item.call_id, _called(item.namespace, item.name), item.arguments)
             message.setdefault("tool_calls", []).append(call)
@@ -200,13 +201,14 @@ def _add(item: Item, message: dict[str, Any]) -> None:
             message.setdefault("tool_calls", []).append(call)
 
 
-def _text(content: str | Sequence[Part], between: str = "\n") -> str:
-    return content if isinstance(content, str) else between.join(_part(part) for part in content)
+def _content(content: str | Sequence[Part], where: str) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    shown = [media_part(dict(part), f"{where}[{i}]") or _text(part) for i, part in enumerate(content)]
+    return content_of(shown, between="\n")
 
 
-def _part(part: Part) -> str:
-    if part.type in _MEDIA:
-        raise RequestError(f"{part.type} is not supported yet: only text is", param="input")
+def _text(part: Part) -> str:
     text = part.refusal if part.text is None else part.text
     if text is None:
         raise RequestError(f"a part of type {part.type!r} without text is not understood", param="input")

@@ -16,16 +16,19 @@ from openm3.engine.request import Attention, Delta, SamplingParams
 from openm3.errors import BusyError, OpenM3Error
 from openm3.model.model import Model
 from openm3.ops import native
-from openm3.server.calls import Call, Event, Evidence, Finished, Started
+from openm3.server.calls import Call, Event, Evidence, Finished, Prompt, Started
 from openm3.server.conversation import conversation
 from openm3.server.errors import RequestError
 from openm3.server.evidence import find
+from openm3.server.files import FileStore
 from openm3.server.grammar import json_constraint, reply_constraint
 from openm3.server.logs import count_tokens
+from openm3.server.media.parts import settled, wanted
+from openm3.server.media.reader import MediaReader
 from openm3.server.metrics import Metrics
 from openm3.server.reply import ReplyEvents, offered
 from openm3.server.settings import ServerSettings
-from openm3.tokens import StreamDecoder
+from openm3.tokens import Media, StreamDecoder
 
 PACE = 0.04
 """Seconds between two packets of a reply at least: quick to the eye, and a step's work is not in sending."""
@@ -47,6 +50,9 @@ class Service:
         self._think_end = model.tokenizer.token_id("</mm:think>")
         self.metrics = Metrics()
         self.created = int(time())
+        self.files = FileStore(self.settings)
+        self._media = MediaReader(self.files, self.settings)
+        self._sees = model.config.vision is not None
         self._engine = engine
         self._names = self.settings.names or (Path(model.name).resolve().name,)
         pool = engine.engine.pages.num_pages * BLOCK
@@ -101,11 +107,12 @@ class Service:
 
     async def count(self, call: Call) -> int:
         """The tokens of a call's prompt."""
-        return len(await self.ids(call))
+        return len((await self.prompt(call)).ids)
 
-    async def ids(self, call: Call) -> list[int]:
-        """The ids of a call's prompt, as `stream` would have the model read them. Raises as `count` does."""
-        return await asyncio.to_thread(self._ids, call)
+    async def prompt(self, call: Call) -> Prompt:
+        """A call's prompt, as `stream` would have the model read it. Raises as `count` does."""
+        call, media = await self._seen(call)
+        return Prompt(await asyncio.to_thread(self._ids, call, media), media)
 
     def decoder(self) -> StreamDecoder:
         """A fresh decoder of the model's ids, one at a time."""
@@ -125,16 +132,21 @@ class Service:
         """Refuse new calls, give those that run `grace` seconds, end the rest with an error, and close the engine."""
         self._closing = True
         self._idle.clear()
-        if self._num_running:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), grace)
+        try:
+            if self._num_running:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._idle.wait(), grace)
+        finally:
+            # Also where nobody waits any longer: its threads would hold up the end of the process.
+            self._media.close()
         await self._engine.close()
 
     async def _run(self, call: Call) -> AsyncGenerator[Event]:
-        ids, constraint = await asyncio.to_thread(self._prepared, call)
+        call, media = await self._seen(call)
+        ids, constraint = await asyncio.to_thread(self._prepared, call, media)
         params = self._fitting(call, len(ids))
         try:
-            reply = await self._engine.submit(ids, params, constraint=constraint, pace=PACE)
+            reply = await self._engine.submit(ids, params, constraint=constraint, media=media, pace=PACE)
         except BusyError:
             if self._closing:
                 raise _stopping() from None
@@ -163,9 +175,21 @@ class Service:
                         event = replace(event, evidence=evidence, timings=delta.completion.timings)
                     yield event
 
-    def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
+    async def _seen(self, call: Call) -> tuple[Call, list[Media]]:
+        """The call with its conversation as the chat template wants it, and what its messages show, in order."""
+        if call.messages is None:
+            return call, []
+        messages = conversation(call.messages)
+        shown = wanted(messages)
+        if shown and not self._sees:
+            where = shown[0].where
+            raise RequestError(f"{where}: this model sees no pictures and videos, it reads text alone", param=where)
+        media = await self._media.read(shown)
+        return replace(call, messages=settled(messages, media)), media
+
+    def _prepared(self, call: Call, media: Sequence[Media]) -> tuple[list[int], Constraint | None]:
         """The prompt and what the reply may be made of: in a thread, since both may take seconds."""
-        ids = self._ids(call)
+        ids = self._ids(call, media)
         if call.messages is None:
             return ids, None if call.schema is None else json_constraint(self.tokenizer, call.schema)
         return ids, reply_constraint(
@@ -178,10 +202,9 @@ class Service:
             budget=call.thinking_budget,
         )
 
-    def _ids(self, call: Call) -> list[int]:
+    def _ids(self, call: Call, media: Sequence[Media]) -> list[int]:
         if call.messages is not None:
-            messages = conversation(call.messages)
-            return self.tokenizer.chat(messages, tools=offered(call), thinking=call.thinking)
+            return self.tokenizer.chat(call.messages, tools=offered(call), thinking=call.thinking, media=media)
         if isinstance(call.prompt, str):
             return self.tokenizer.encode(call.prompt)
         return list(call.prompt or ())

@@ -27,6 +27,9 @@ class ServerSettings:
     `max_file_bytes`, all files together `max_files_bytes`; they are kept for `file_seconds` in `files_dir`, or a
     folder that ends with the server. `max_concurrent` requests run at a time. A body has `body_seconds` and as long
     again as it takes at 10 KB a second. A reply ends after `reply_seconds`, if any, and has at most `max_tokens`.
+    Media come from web addresses only with `allow_media_urls`. `media_workers` processes decode them, each with
+    `media_memory_bytes` of address space and `media_seconds` for a picture or video; `max_media_waiting` requests may
+    wait for that, and what was decoded last is kept, up to `media_cache_bytes`.
     `names` are what the model is called, its folder's name if there are none. A server that is told to stop gives its
     replies `grace` seconds.
     """
@@ -48,12 +51,21 @@ class ServerSettings:
     max_file_bytes: int = 512 << 20
     max_files_bytes: int = 8 << 30
     file_seconds: float = 7 * 24 * 3600.0
+    allow_media_urls: bool = False
+    media_workers: int = 1
+    media_memory_bytes: int = 4 << 30
+    media_seconds: float = 120.0
+    max_media_waiting: int = 64
+    media_cache_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         bad = []
         if not 0 <= self.port < 65536:
             bad.append(f"port must be between 0 and 65535, not {self.port}")
-        for name in ("max_header_bytes", "max_body_bytes", "max_concurrent", "max_tokens", "body_seconds"):
+        for name in (
+            *("max_header_bytes", "max_body_bytes", "max_concurrent", "max_tokens", "body_seconds"),
+            *("media_workers", "media_memory_bytes", "media_seconds", "max_media_waiting"),
+        ):
             if not getattr(self, name) > 0:
                 bad.append(f"{name} must be more than 0, not {getattr(self, name)}")
         if self.grace < 0:

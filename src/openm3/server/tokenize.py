@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm3.server.calls import Call
 from openm3.server.errors import RequestError
+from openm3.server.media.parts import with_media
 from openm3.server.parts import Documents, with_documents
 from openm3.server.service import Service
 
@@ -75,8 +76,9 @@ def routes(service: Service) -> APIRouter:
         if body.documents and body.messages is None:
             raise RequestError("documents need messages to stand in", param="documents")
         if body.messages is not None:
-            messages = with_documents(body.messages, body.documents)
-            ids = await service.ids(Call(messages=messages, tools=body.tools or (), thinking=body.thinking))
+            messages = with_documents(with_media(body.messages), body.documents)
+            call = Call(messages=messages, tools=body.tools or (), thinking=body.thinking)
+            ids = list((await service.prompt(call)).ids)
         else:
             ids = await asyncio.to_thread(tokenizer.encode, body.prompt or "", special=True)
         texts = [tokenizer.decode([i]) for i in ids] if body.return_token_strs else None

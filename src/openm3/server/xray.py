@@ -22,6 +22,7 @@ from openm3.config import BLOCK
 from openm3.evidence.places import decoded
 from openm3.server.calls import Call, Serves
 from openm3.server.errors import RequestError
+from openm3.server.media.parts import with_media
 from openm3.server.parts import Documents, Part, located, with_documents
 from openm3.tokens import StreamDecoder
 
@@ -185,9 +186,9 @@ class _Contexts:
         name = hashlib.sha256(json.dumps(body.model_dump()).encode()).hexdigest()
         if found := self.kept(name):
             return found
-        messages = with_documents(body.messages, body.documents)
-        ids = await self._service.ids(Call(messages=messages, tools=body.tools, thinking=body.thinking.type))
-        made = await asyncio.to_thread(_made, name, messages, ids, body.reply, self._service.decoder())
+        messages = with_documents(with_media(body.messages), body.documents)
+        prompt = await self._service.prompt(Call(messages=messages, tools=body.tools, thinking=body.thinking.type))
+        made = await asyncio.to_thread(_made, name, messages, prompt.ids, body.reply, self._service.decoder())
         self._kept[name] = made
         while len(self._kept) > NUM_KEPT:
             self._kept.popitem(last=False)

@@ -283,8 +283,8 @@ def main() -> None:
         film = _film(args.clip)
         found["beside"] = asyncio.run(beside(model, film))
         print(
-            f"a clip of 60 s in 720p is decoded at {found['beside']['times_real']:.1f} times real time beside {STREAMS} "
-            f"replies, whose p95 between tokens is {found['beside']['decoding_p95_ratio']:.2f} times as long"
+            f"a clip of 60 s in 720p is decoded at {found['beside']['times_real']:.1f} times real time beside "
+            f"{STREAMS} replies, whose p95 between tokens is {found['beside']['decoding_p95_ratio']:.2f} times as long"
         )
     print(json.dumps(found))
 

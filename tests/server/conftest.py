@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,23 @@ from tests.server.serving import serving
 @pytest.fixture(scope="session")
 def model() -> Model:
     return load("m3-tiny")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.server.browsing import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser: Any, url: str) -> Iterator[Any]:
+    """Opens the page at the test's own `url`."""
+    from tests.server.browsing import opening
+
+    with opening(browser, url) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -287,6 +287,39 @@ def test_a_model_that_reads_text_alone_says_so(play: Callable[..., None], model:
     play(test)
 
 
+def test_the_xray_knows_where_the_cells_are(ask: Callable[[Test], None], seeing: Model) -> None:
+    clip = make_clip([100 * i for i in range(60)], size=(96, 128))
+    video = {"type": "video_url", "video_url": {"url": uri(clip, "video/mp4")}}
+    messages = [user(image(uri(picture(side=280)))), {"role": "assistant", "content": "Red."}, user(video)]
+
+    async def test(client: httpx.AsyncClient, service: Service) -> None:
+        told = (await client.post("/xray/context", json={"messages": messages, "reply": [65]})).json()
+        prompt = await service.prompt(Call(messages=with_media(messages)))
+        still, moving = told["media"]
+        assert (still["kind"], still["size"], still["grid"], still["seconds"]) == (
+            "image",
+            [280, 280],
+            [1, 10, 10],
+            None,
+        )
+        ((token, cell, count),) = still["runs"]
+        assert (cell, count) == (0, 100)
+        assert set(prompt.ids[token : token + count]) == {seeing.config.image_id}
+        seen = prompt.media[1]
+        assert seen.seconds is not None
+        frames, rows, columns = moving["grid"]
+        assert (moving["kind"], moving["size"], moving["seconds"]) == ("video", [96, 128], list(seen.seconds))
+        assert frames == len(seen.seconds) and frames * rows * columns == seen.num_tokens
+        assert [run[1:] for run in moving["runs"]] == [[i * rows * columns, rows * columns] for i in range(frames)]
+        assert all(
+            prompt.ids[run[0]] == prompt.ids[run[0] + run[2] - 1] == seeing.config.video_id for run in moving["runs"]
+        )
+        block = (await client.post("/xray/block", json={"context": told["context"], "block": 0})).json()
+        assert block["text"].count("]<]image[>[") == 100
+
+    ask(test)
+
+
 def test_too_many(ask: Callable[[Test], None]) -> None:
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         small = image(uri(picture(side=28)))

@@ -38,7 +38,7 @@ def test_a_reply_is_the_models_own(play: Play, model: Model) -> None:
         ids = model.tokenizer.chat(QUESTION, thinking="disabled")
         first, *events, last = await all_of(service, ASK)
         assert first == Started(len(ids)) and await service.count(ASK) == len(ids)
-        assert await service.prompt(ASK) == Prompt(ids, [])
+        assert await service.prompt(ASK) == Prompt(ids, [], [])
         own = list(model.generate(ids, max_new_tokens=40, stop_ids=[model.tokenizer.eos_id]))
         assert content(events) == model.tokenizer.decode(own)
         assert isinstance(last, Finished) and last.reason == "stop" and last.thinking_tokens == 0

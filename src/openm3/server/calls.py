@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from openm3.engine.request import Logprob, SamplingParams, Timings, Usage
-from openm3.tokens import Content, Media, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
+from openm3.tokens import Content, Media, Run, StreamDecoder, Thinking, ToolArguments, ToolEnd, ToolStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads: token ids, and the pictures and videos that their placeholders stand for, in order."""
+    """What the model reads: token ids, the pictures and videos in it, in order, and where their tokens stand."""
 
     ids: Sequence[int]
     media: Sequence[Media] = ()
+    runs: Sequence[Run] = ()
 
 
 @dataclass(frozen=True)

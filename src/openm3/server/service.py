@@ -53,6 +53,7 @@ class Service:
         self.files = FileStore(self.settings)
         self._media = MediaReader(self.files, self.settings)
         self._sees = model.config.vision is not None
+        self._check_media = model.check_media
         self._engine = engine
         self._names = self.settings.names or (Path(model.name).resolve().name,)
         pool = engine.engine.pages.num_pages * BLOCK
@@ -112,7 +113,8 @@ class Service:
     async def prompt(self, call: Call) -> Prompt:
         """A call's prompt, as `stream` would have the model read it. Raises as `count` does."""
         call, media = await self._seen(call)
-        return Prompt(await asyncio.to_thread(self._ids, call, media), media)
+        ids = await asyncio.to_thread(self._ids, call, media)
+        return Prompt(ids, media, self._check_media(ids, media))
 
     def decoder(self) -> StreamDecoder:
         """A fresh decoder of the model's ids, one at a time."""

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm3.config import BLOCK
 from openm3.evidence.places import decoded
-from openm3.server.calls import Call, Serves
+from openm3.server.calls import Call, Prompt, Serves
 from openm3.server.errors import RequestError
 from openm3.server.media.parts import with_media
 from openm3.server.parts import Documents, Part, located, with_documents
-from openm3.tokens import StreamDecoder
+from openm3.tokens import Media, Run, StreamDecoder
 
 NUM_KEPT = 4
 """Contexts that are kept decoded: a million tokens take about 8 MiB."""
@@ -68,6 +68,21 @@ class PartReply(BaseModel):
     tokens: tuple[int, int]
 
 
+class MediaReply(BaseModel):
+    """A picture or video and its cells, one a token.
+
+    Cells go row by row, frame by frame: `grid` has frames, rows and columns, which share the `size` in pixels (height,
+    width) evenly. `runs` are [token, cell, count]: tokens from `token` on are the cells from `cell` on. `seconds` is
+    when each frame was, null for a picture.
+    """
+
+    kind: Literal["image", "video"]
+    size: tuple[int, int]
+    grid: tuple[int, int, int]
+    seconds: list[float] | None
+    runs: list[tuple[int, int, int]]
+
+
 class ContextReply(BaseModel):
     """What a context is made of. `reply` holds the text of each of the reply's tokens: joined, its text."""
 
@@ -75,6 +90,7 @@ class ContextReply(BaseModel):
     tokens: int
     block_size: int
     parts: list[PartReply]
+    media: list[MediaReply]
     reply: list[str]
 
 
@@ -104,7 +120,7 @@ class Context:
     text: str
     begins: Sequence[int]
     parts: Sequence[Part]
-    num_prompt: int
+    prompt: Prompt
 
     @property
     def num_tokens(self) -> int:
@@ -117,8 +133,11 @@ class Context:
         for part in self.parts:
             tokens = bisect_right(self.begins, part.start) - 1, bisect_left(self.begins, part.stop)
             parts.append(PartReply(role=part.role, source=part.source, tokens=tokens))
-        reply = [self.text[i:k] for i, k in pairwise(self.begins[self.num_prompt :])]
-        return ContextReply(context=self.name, tokens=self.num_tokens, block_size=BLOCK, parts=parts, reply=reply)
+        reply = [self.text[i:k] for i, k in pairwise(self.begins[len(self.prompt.ids) :])]
+        media = [_media_reply(item, i, self.prompt.runs) for i, item in enumerate(self.prompt.media)]
+        return ContextReply(
+            context=self.name, tokens=self.num_tokens, block_size=BLOCK, parts=parts, media=media, reply=reply
+        )
 
     def block(self, block: int) -> BlockReply:
         """One block of it. Raises RequestError if there are fewer."""
@@ -188,7 +207,7 @@ class _Contexts:
             return found
         messages = with_documents(with_media(body.messages), body.documents)
         prompt = await self._service.prompt(Call(messages=messages, tools=body.tools, thinking=body.thinking.type))
-        made = await asyncio.to_thread(_made, name, messages, prompt.ids, body.reply, self._service.decoder())
+        made = await asyncio.to_thread(_made, name, messages, prompt, body.reply, self._service.decoder())
         self._kept[name] = made
         while len(self._kept) > NUM_KEPT:
             self._kept.popitem(last=False)
@@ -196,11 +215,23 @@ class _Contexts:
 
 
 def _made(
-    name: str, messages: Sequence[dict[str, Any]], ids: Sequence[int], reply: Sequence[int], decoder: StreamDecoder
+    name: str, messages: Sequence[dict[str, Any]], prompt: Prompt, reply: Sequence[int], decoder: StreamDecoder
 ) -> Context:
-    text, begins = decoded(decoder, (*ids, *reply))
+    text, begins = decoded(decoder, (*prompt.ids, *reply))
     parts = list(located(messages, text))
     if reply:
-        start = begins[len(ids)]
+        start = begins[len(prompt.ids)]
         parts.append(Part("assistant", None, start, len(text), start))
-    return Context(name, text, begins, parts, len(ids))
+    return Context(name, text, begins, parts, prompt)
+
+
+def _media_reply(item: Media, number: int, runs: Sequence[Run]) -> MediaReply:
+    frames = sum(t for t, _, _ in item.grids)
+    _, height, width = item.grids[0]
+    return MediaReply(
+        kind=item.kind,
+        size=item.size,
+        grid=(frames, height // 2, width // 2),
+        seconds=None if item.seconds is None else list(item.seconds),
+        runs=[(run.first, run.offset, run.count) for run in runs if run.media == number],
+    )

@@ -10,8 +10,14 @@ from fastapi import APIRouter, Request, Response
 
 from openm3.server.calls import Serves
 
-POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
-"""The page loads nothing from elsewhere, runs no script that is written into it, and stands in no frame."""
+POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; object-src 'none'"
+)
+"""The page loads nothing from elsewhere, runs no script that is written into it, and stands in no frame.
+
+Pictures and videos that its user chose are shown from the browser's own memory.
+"""
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _HEADERS = {

@@ -1,6 +1,7 @@
 // One answer on the page, as it comes: thinking, text, evidence, cost.
 
 import { Markdown, element } from "./markdown.js";
+import { view } from "./media.js";
 import { placed } from "./reader.js";
 
 const number = new Intl.NumberFormat("en-US");
@@ -137,8 +138,8 @@ function evidenceList(evidence) {
   return details;
 }
 
-// A message as its writer sent it: the documents by name, then the text.
-export function question(documents, text) {
+// A message as its writer sent it: pictures and videos, the documents by name, then the text.
+export function question(documents, text, media = []) {
   const node = element("article", element("p", text));
   node.className = "question";
   node.setAttribute("aria-label", "You");
@@ -146,6 +147,11 @@ export function question(documents, text) {
     const names = element("ul", ...documents.map(({ name }) => element("li", name)));
     names.setAttribute("aria-label", "Documents");
     node.prepend(names);
+  }
+  if (media.length) {
+    const views = element("div", ...media.map((item) => view(item, item.name)));
+    views.className = "views";
+    node.prepend(views);
   }
   return node;
 }

@@ -18,15 +18,16 @@ export function setKey(key) {
   else sessionStorage.removeItem(KEY);
 }
 
-// A GET without a body, else a POST. Throws ApiError with what the server says.
+// A GET without a body, else a POST of JSON or of a form. Throws ApiError with what the server says.
 async function fetched(path, body, signal) {
   const headers = {};
+  const isForm = body instanceof FormData;
   if (getKey()) headers.Authorization = `Bearer ${getKey()}`;
-  if (body) headers["Content-Type"] = "application/json";
+  if (body && !isForm) headers["Content-Type"] = "application/json";
   let response;
   try {
     const method = body ? "POST" : "GET";
-    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
+    response = await fetch(path, { method, headers, signal, body: body && !isForm ? JSON.stringify(body) : body });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server cannot be reached.", 0);
@@ -38,6 +39,14 @@ async function fetched(path, body, signal) {
 
 export async function request(path, body, signal) {
   return (await fetched(path, body, signal)).json();
+}
+
+// Have the server keep a file; the id that messages name it by.
+export async function upload(file) {
+  const form = new FormData();
+  form.append("purpose", "vision");
+  form.append("file", file);
+  return (await request("/v1/files", form)).id;
 }
 
 // The chunks of a streamed chat completion.

@@ -1,9 +1,10 @@
 // The page: a conversation with the model, its documents, and its settings.
 
 import { Answer, question } from "./answer.js";
-import { chat, getKey, request, setKey } from "./api.js";
+import { ApiError, chat, getKey, request, setKey } from "./api.js";
 import { read, userMessage } from "./documents.js";
 import { element } from "./markdown.js";
+import { attached, kindOf, mediaPart, view } from "./media.js";
 import { Recording } from "./recording.js";
 import { NARROW, Xray } from "./xray.js";
 
@@ -19,6 +20,7 @@ const COUNTED_WHILE_WRITING = 200_000;
 const xray = new Xray();
 let messages = [];
 let documents = [];
+let media = [];
 let running = null;
 let counting = null;
 let countTimer = 0;
@@ -28,9 +30,9 @@ async function ask() {
   const text = $("input").value.trim();
   if (!text || running) return;
   const mine = (running = new AbortController());
-  const sent = documents;
-  const asked = [...messages, userMessage(sent, text)];
-  const shown = question(sent, text);
+  const sent = { documents, media };
+  const asked = [...messages, userMessage(documents, text, media.map(mediaPart))];
+  const shown = question(documents, text, media);
   const answer = new Answer(follow);
   for (const failed of $("log").querySelectorAll("article:has([role=alert])")) failed.remove();
   $("welcome").hidden = true;
@@ -38,7 +40,7 @@ async function ask() {
   atEnd = true;
   follow();
   write("");
-  setDocuments([]);
+  attach([], []);
   busy(true);
   const kept = await exchange(asked, answer, mine.signal);
   // Meanwhile a new chat may have begun.
@@ -52,7 +54,7 @@ async function ask() {
     shown.remove();
     if (!answer.failed) answer.element.remove();
     if (!$("input").value) write(text);
-    setDocuments([...sent, ...documents]);
+    attach([...sent.documents, ...documents], [...sent.media, ...media]);
   }
   recount();
 }
@@ -140,7 +142,7 @@ function reset() {
   busy(false);
   xray.close();
   messages = [];
-  setDocuments([]);
+  attach([], []);
   for (const node of [...$("log").children]) if (node.id !== "welcome") node.remove();
   $("welcome").hidden = false;
   say("A new chat.");
@@ -159,43 +161,53 @@ function grow() {
 }
 
 async function addFiles(files) {
-  const found = [];
+  const found = { documents: [], media: [] };
   const notes = [];
   for (const file of files) {
     try {
-      found.push(await read(file));
+      if (kindOf(file) === "video") $("notes").textContent = `Uploading ${file.name}…`;
+      if (kindOf(file)) found.media.push(await attached(file));
+      else found.documents.push(await read(file));
     } catch (error) {
-      notes.push(`${file.name} ${error.message}`);
+      notes.push(`${file.name} ${error instanceof ApiError ? `was refused: ${error.message}` : error.message}`);
     }
   }
-  setDocuments([...documents, ...found]);
+  attach([...documents, ...found.documents], [...media, ...found.media]);
   $("notes").textContent = notes.join(". ");
   recount();
   $("input").focus();
 }
 
-function setDocuments(list) {
-  documents = list;
-  const items = list.map((document) => {
-    const remove = Object.assign(element("button", "×"), { type: "button" });
-    remove.setAttribute("aria-label", `Remove ${document.name}`);
-    remove.onclick = () => {
-      setDocuments(documents.filter((other) => other !== document));
-      recount();
-      $("input").focus();
-    };
+// Set what goes with the next message.
+function attach(texts, pictures) {
+  documents = texts;
+  media = pictures;
+  const shown = media.map((item) => listed(item, view(item, item.name), element("span", item.name)));
+  const named = documents.map((document) => {
     const size = element("small", `${number.format(document.text.length)} characters`);
-    return element("li", element("span", document.name), size, remove);
+    return listed(document, element("span", document.name), size);
   });
-  $("documents").replaceChildren(...items);
+  $("documents").replaceChildren(...shown, ...named);
   $("notes").textContent = "";
+}
+
+function listed(item, ...nodes) {
+  const remove = Object.assign(element("button", "×"), { type: "button" });
+  remove.setAttribute("aria-label", `Remove ${item.name}`);
+  remove.onclick = () => {
+    const others = (list) => list.filter((other) => other !== item);
+    attach(others(documents), others(media));
+    recount();
+    $("input").focus();
+  };
+  return element("li", ...nodes, remove);
 }
 
 // Ask how long the next prompt would be; the last question wins.
 function recount() {
   clearTimeout(countTimer);
   counting?.abort();
-  if (!documents.length && !messages.length && !$("input").value.trim()) {
+  if (!documents.length && !media.length && !messages.length && !$("input").value.trim()) {
     $("size").textContent = "";
     return;
   }
@@ -204,7 +216,7 @@ function recount() {
 
 async function count() {
   counting = new AbortController();
-  const prompt = [...messages, userMessage(documents, $("input").value)];
+  const prompt = [...messages, userMessage(documents, $("input").value, media.map(mediaPart))];
   try {
     const body = { model: $("model").value || undefined, messages: prompt };
     const { count: tokens, max_model_len: most } = await request("/tokenize", body, counting.signal);
@@ -272,7 +284,8 @@ function listen() {
   };
   $("input").oninput = () => {
     grow();
-    const length = documents.reduce((sum, { text }) => sum + text.length, JSON.stringify(messages).length);
+    const sizes = [...documents.map(({ text }) => text.length), ...media.map(({ url }) => url.length)];
+    const length = sizes.reduce((sum, size) => sum + size, JSON.stringify(messages).length);
     if (length < COUNTED_WHILE_WRITING) recount();
   };
   listenToScrolls($("log"));

@@ -30,9 +30,10 @@ function decoded(bytes) {
   }
 }
 
-// One part a document, so that nobody has to guess where it ends; the template joins them.
-export function userMessage(documents, question) {
-  if (!documents.length) return { role: "user", content: question };
+// Pictures and videos (`shown`: parts), then documents, then the question. One part a document, so that nobody has to
+// guess where it ends; the template joins them.
+export function userMessage(documents, question, shown = []) {
+  if (!documents.length && !shown.length) return { role: "user", content: question };
   const texts = documents.map(({ name, text }) => `File: ${name}\n${text.trimEnd()}\n\n`);
-  return { role: "user", content: [...texts, question].map((text) => ({ type: "text", text })) };
+  return { role: "user", content: [...shown, ...[...texts, question].map((text) => ({ type: "text", text }))] };
 }

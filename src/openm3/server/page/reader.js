@@ -41,7 +41,9 @@ export class Reader {
     if (reply && recording.complete) this.#known.set(block, reply);
     $("reader").hidden = false;
     $("reader-title").textContent = title;
-    $("reader-text").textContent = reply?.text ?? "";
+    // Of pictures and videos there is no text, only a placeholder a token.
+    const cells = (run, kind) => `[${number.format(run.split("]<]").length - 1)} tokens of ${kind}]`;
+    $("reader-text").textContent = (reply?.text ?? "").replace(/(?:\]<\](image|video)\[>\[)+/g, cells);
     $("reader-text").scrollTop = 0;
   }
 

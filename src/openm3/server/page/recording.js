@@ -61,10 +61,16 @@ export class Recording {
     return this.#levels.subarray(row * this.#stride, row * this.#stride + this.numBlocks);
   }
 
-  // The blocks that most rows read at a token, most first: [block, rows].
-  top(index, limit) {
+  // How many rows read each block at a token.
+  readers(index) {
     const rows = new Uint16Array(this.numBlocks);
     for (const block of this.#tokens[index].ids) rows[block]++;
+    return rows;
+  }
+
+  // The blocks that most rows read at a token, most first: [block, rows].
+  top(index, limit) {
+    const rows = this.readers(index);
     const found = [];
     for (let block = 0; block < rows.length; block++) {
       if (!rows[block] || (found.length === limit && rows[block] <= found.at(-1)[1])) continue;

@@ -5,6 +5,7 @@ import { GUTTER, STRIP, TICKS, drawAxes, drawSpark } from "./axes.js";
 import { BlockMap } from "./map.js";
 import { element } from "./markdown.js";
 import { Reader, asked } from "./reader.js";
+import { Sights } from "./sights.js";
 
 const $ = (id) => document.getElementById(id);
 const MOST_HEIGHT = 440;
@@ -17,6 +18,7 @@ export class Xray {
   #map = new BlockMap($("cells"), palette());
   #recording = null;
   #reader = new Reader();
+  #sights = new Sights((block) => this.#read(block));
   #context = null;
   #index = 0;
   #pointed = null;
@@ -76,6 +78,7 @@ export class Xray {
     this.#numRows = 0;
     this.#point(null);
     this.#reader.use(recording);
+    this.#sights.clear();
     this.#map.show(recording);
     $("xray").hidden = false;
     this.#cover();
@@ -115,6 +118,7 @@ export class Xray {
         return word;
       });
       $("tokens").replaceChildren(...words);
+      this.#sights.show(recording.request.messages, reply);
     } catch (error) {
       $("tokens").textContent = error.message;
     }
@@ -215,6 +219,7 @@ export class Xray {
     this.#describe();
     this.#tell();
     this.#mark();
+    this.#sights.draw(recording.readers(this.#index), recording.rows.length, this.#reader.block);
   }
 
   #describe() {

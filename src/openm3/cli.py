@@ -185,13 +185,15 @@ def _add_eval(commands: Commands) -> None:
     parser = command(
         commands,
         "eval",
-        "measure what a model finds at length, what its selection covers, and what smaller weights lose",
+        "measure what a model finds at length and sees, what its selection covers, and what smaller weights lose",
         "openm3 eval needles --lengths 8192 32768 --count 20 --out runs/needles",
+        "openm3 eval sight --count 50",
         "openm3 eval coverage --length 8192 --json",
         "openm3 eval quantisation",
     )
     tasks = parser.add_subparsers(dest="task", metavar="TASK", title="tasks", required=True, help="what to measure")
     _add_needles(tasks)
+    _add_sight(tasks)
     _add_coverage(tasks)
     _add_quantisation(tasks)
 
@@ -236,6 +238,41 @@ def _add_needles(tasks: Commands) -> None:
         help="results, table and heat map; a stopped run goes on from them (default: runs/needles)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of documents and questions (default: 0)")
+    add_threads(parser)
+    add_json(parser)
+
+
+def _add_sight(tasks: Commands) -> None:
+    parser = command(
+        tasks,
+        "sight",
+        "ask what is in pictures and videos made from held-out fonts, photos and words, alone and amid long text",
+        "openm3 eval sight",
+        "openm3 eval sight --kinds number word --count 50 --needles 0",
+    )
+    add_model(parser)
+    add_precision(parser)
+    parser.add_argument(
+        "--kinds",
+        metavar="KIND",
+        nargs="+",
+        default=["number", "word", "colour", "shape", "count", "where", "minute"],
+        help="what is asked for (default: number word colour shape count where minute)",
+    )
+    parser.add_argument("--count", metavar="N", type=positive, default=200, help="cases of each kind (default: 200)")
+    parser.add_argument(
+        "--lengths",
+        metavar="N",
+        type=positive,
+        nargs="+",
+        default=[65536],
+        help="tokens of the texts that pictures stand in (default: 65536)",
+    )
+    parser.add_argument("--needles", metavar="N", type=int, default=20, help="pictures at each length (default: 20)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="runs/sight", help="table and wrongly seen pictures (default: runs/sight)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the cases (default: 0)")
     add_threads(parser)
     add_json(parser)
 

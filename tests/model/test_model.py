@@ -22,6 +22,7 @@ from openm3.model import checkpoint
 from openm3.model.batch import Batch
 from openm3.model.model import Model, load
 from openm3.model.network import Network
+from openm3.tokens.media import Media
 
 GOLDEN = Path(__file__).parents[1] / "golden/m3-random-s0"
 IDS = load_file(GOLDEN / "golden/long.safetensors")["input_ids"][0].tolist()
@@ -166,9 +167,30 @@ def test_room_to_generate_counts(recorded: Model) -> None:
         short.session(101)
 
 
-def test_media_is_refused(recorded: Model) -> None:
-    with pytest.raises(PromptError, match="this version reads text only"):
-        recorded.logits([1], media=object())  # type: ignore[arg-type]
+def test_media_must_fit_the_prompt_and_the_model(recorded: Model) -> None:
+    picture = Media.of("image", np.zeros((4, 1176), np.uint8), [(1, 2, 2)], (28, 28))
+    assert recorded.config.image_id is not None
+    ids = [5, recorded.config.image_id, 6]
+    assert recorded.logits(ids, [picture]).shape == (3, recorded.config.vocab_size)
+    for run in (recorded.logits, recorded.trace, recorded.generate):
+        with pytest.raises(PromptError, match="the prompt has 1 media placeholders, the media need 2"):
+            run(ids, media=[picture, picture])  # type: ignore[operator]
+    blind = Model(recorded.network, recorded.tokenizer, "blind")
+    blind.config = replace(recorded.config, vision=None)
+    with pytest.raises(PromptError, match="reads text only: it has no vision tower"):
+        blind.logits(ids, [picture])
+
+
+def test_pictures_read_in_chunks_are_those_read_at_once(recorded: Model) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 1176), np.uint8)
+    picture = Media.of("image", pixels, [(1, 20, 20)], (280, 280))
+    assert recorded.config.image_id is not None
+    ids = [5, 6, *[recorded.config.image_id] * 100, 7, 8]
+    images = recorded._seen(ids, [picture])
+    whole = recorded.session(200).read(ids, images=images)
+    torch.testing.assert_close(recorded.session(200).read(ids, chunk=30, images=images), whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(recorded.logits(ids, [picture])[-1], whole, atol=1e-4, rtol=0)
+    assert (recorded.logits(ids)[-1] - whole).abs().max() > 0.01
 
 
 @pytest.fixture
@@ -255,6 +277,7 @@ from pathlib import Path
 from openm3.config import ModelConfig
 from openm3.model.batch import Batch
 from openm3.model.network import Network
+from openm3.tokens.media import Media
 config = replace(
     ModelConfig.from_file(Path(sys.argv[1])), hidden_size=16, num_heads=4, head_dim=8, rotary_dim=4, index_dim=8,
     layer_types=("full", "sparse"), mlp_types=("dense", "moe"), dense_size=8, expert_size=8, shared_size=8,

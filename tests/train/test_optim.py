@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +81,35 @@ def test_state_round_trip() -> None:
         p.grad = grads[2]
         optimiser.step()
     assert torch.equal(straight, resumed)
+
+
+SHARED = """
+import sys, torch, torch.distributed as dist
+from openm3.train.optim import Muon
+rank, workers = int(sys.argv[1]), int(sys.argv[3])
+if workers > 1:
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=workers)
+torch.manual_seed(0)
+weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (2, 5, 3), (4, 3, 2, 2), (7, 7), (3, 9))]
+muon = Muon(weights, lr=0.1, weight_decay=0.01)
+for _ in range(3):
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    muon.step()
+print([round(p.sum().item(), 4) for p in weights], [round(p.square().sum().item(), 3) for p in weights])
+"""
+
+
+def test_workers_share_the_work_and_come_to_the_same(tmp_path: Path) -> None:
+    def outputs(workers: int) -> list[str]:
+        command = [sys.executable, "-c", SHARED]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(tmp_path / "meeting"), str(workers)], stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(workers)
+        ]
+        return [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+
+    (alone,) = outputs(1)
+    assert outputs(2) == [alone, alone]

@@ -32,6 +32,11 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "needles":
         heatmap.require_matplotlib()
     model = load(args.model, dtype=getattr(torch, args.dtype), weights=args.weights)
+    if args.task == "sight":
+        # Only here: what draws pictures takes a moment to load.
+        from openm3.eval import sight_command
+
+        return sight_command.run(args, model)
     return _needles(args, model) if args.task == "needles" else coverage.run(args, model)
 
 

@@ -1,18 +1,14 @@
 """What a model sees of held-out pictures and videos: cases with one right answer each, and their scores.
 
-Fonts, photos, clip art and words of the cases are never trained on. The model is a callable, so that cases can be put to
-anything that answers.
+Fonts, photos, clip art and words of the cases are never trained on.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from openm3.errors import ConfigError
 from openm3.eval.haystack import Counts, HaystackMaker
@@ -22,10 +18,6 @@ from openm3.train.corpus import Source
 from openm3.train.pictures import Sight, SightMaker
 from openm3.train.sights.sources import Sources
 from openm3.train.sights.text import NUMBER_QUESTIONS
-
-Frames = Sequence[NDArray[np.uint8]]
-Answer = Callable[[Frames, Sequence[float] | None, str], str]
-"""What a model says to (frames, seconds, question); seconds is None for a picture, which has one frame."""
 
 POINT = re.compile(r"At \((\d\d), (\d\d)\)\.")
 SECOND = re.compile(r"At (\d+) seconds?\.")
@@ -74,7 +66,8 @@ def _inside(sight: Sight, x: int, y: int) -> bool:
     assert sight.target is not None
     height, width, _ = sight.frames[0].shape
     left, top, right, bottom = sight.target
-    return left <= (x + 0.5) / 100 * width < right and top <= (y + 0.5) / 100 * height < bottom
+    across, down = (x + 0.5) / 100 * width, (y + 0.5) / 100 * height
+    return bool(left <= across < right and top <= down < bottom)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +82,6 @@ class Score:
     def share(self) -> float:
         """Right answers, 0 to 1."""
         return 1 - len(self.wrong) / self.count
-
-
-def score_sights(cases: Iterable[Sight], answer: Answer) -> dict[str, Score]:
-    """Put every case to a model: scores by kind, in the order in which the kinds come."""
-    asked: dict[str, list[tuple[Sight, str]]] = {}
-    for sight in cases:
-        asked.setdefault(sight.kind, []).append((sight, answer(sight.frames, sight.seconds, sight.question)))
-    return {
-        kind: Score(kind, len(answers), tuple((s, a) for s, a in answers if not is_right(s, a)))
-        for kind, answers in asked.items()
-    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +124,3 @@ class ImageNeedleMaker:
         # Between two lines.
         at = text.find("\n", int(depth * len(text))) + 1
         return ImageNeedle(text[:at], sight, text[at:] + sight.question, at / len(text))
-
-
-def score_needles(needles: Iterable[ImageNeedle], answer: Callable[[ImageNeedle], str]) -> Score:
-    """Put every needle to a model that is given text, picture and text."""
-    answers = [(n.sight, answer(n)) for n in needles]
-    return Score("image_needle", len(answers), tuple((s, a) for s, a in answers if not is_right(s, a)))

@@ -90,6 +90,8 @@ class TowerLayer(nn.Module):
 
 
 class TowerMlp(nn.Module):
+    """Two products with a GELU between them."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,10 @@ _EARLY = 2e-3
 class VideoOptions:
     """Which frames of a video the model sees, and how large. Raises PromptError for values that are not allowed.
 
-    `fps` frames a second (0.2 to 5), but at least `min_frames` (or all there are) and at most `max_frames` (768 at
-    most), then spread evenly. Frames have 602,112 pixels at most by default, 150,528 with `detail` "low", 2,408,448
-    with "high", and together 45,158,400, with "high" 301,056,000: more frames are smaller ones. `max_long_side_pixel`
-    (150 to 3,584), if given, decides the size instead.
+    `fps` frames a second (0.2 to 5); of a short video at least `min_frames` or all there are, of a long one at most
+    `max_frames` (768 at most), spread evenly. Frames have at most 602,112 pixels, 150,528 with `detail` "low",
+    2,408,448 with "high"; all together at most 45,158,400, with "high" 301,056,000, so that more frames are smaller
+    ones. `max_long_side_pixel` (150 to 3,584), if given, decides the size instead.
     """
 
     fps: float = 1.0
@@ -114,20 +114,25 @@ def video_from_frames(
             raise PromptError("seconds must ascend")
     pictures = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
     media = _made(((0.0, picture) for picture in pictures), len(frames), options or VideoOptions())
-    times = None if seconds is None else patch_seconds(seconds)
-    return Media.of("video", media.patch_IC, media.grids, media.size, times)
+    times = None if seconds is None else tuple(patch_seconds(seconds))
+    return replace(media, seconds=times)
 
 
 def sampled(seconds: Sequence[float], duration: float, options: VideoOptions) -> list[int]:
     """Which frames the model sees, of frames that appear at these ascending times in a video of this duration.
 
-    For every point of an even grid from 0 the first frame from then on, none twice.
+    For every point of an even grid from 0 the first frame from then on, else the last; none twice. If these are fewer
+    than `min_frames`, so many spread evenly over all frames.
     """
     wanted = max(1, math.ceil(duration * options.fps - _EARLY))
-    count = max(min(options.min_frames, len(seconds)), min(options.max_frames, wanted))
+    count = min(options.max_frames, wanted)
     step = 1 / options.fps if count == wanted else duration / count
     place_N = np.searchsorted(np.asarray(seconds), np.arange(count) * step - _EARLY)
-    return [int(i) for i in np.unique(place_N[place_N < len(seconds)])]
+    chosen = np.unique(np.minimum(place_N, len(seconds) - 1))
+    fewest = min(options.min_frames, len(seconds))
+    if len(chosen) < fewest:
+        chosen = np.arange(fewest) * len(seconds) // fewest
+    return [int(i) for i in chosen]
 
 
 def _made(shown: Iterable[tuple[float, Image.Image]], num_frames: int, options: VideoOptions) -> Media:

@@ -109,10 +109,10 @@ def _work(rank: int, workers: int, meeting: Path, recipe: Recipe, out: Path) -> 
 def _share(stage: Stage, workers: int) -> Stage:
     """The stage with one worker's share of each step's tokens."""
     mixture = stage.mixture
-    tokens, pictured = (
-        max(mixture.length, whole // workers) if whole else 0 for whole in (mixture.tokens, mixture.pictured)
-    )
-    return replace(stage, mixture=replace(mixture, tokens=tokens, pictured=pictured))
+    mixture = replace(mixture, tokens=max(mixture.length, mixture.tokens // workers), shown=mixture.shown // workers)
+    if mixture.pictured:
+        mixture = replace(mixture, pictured=max(mixture.length, mixture.pictured // workers))
+    return replace(stage, mixture=mixture)
 
 
 def has_bfloat16_units() -> bool:
@@ -147,7 +147,8 @@ class _Log:
         means = {name: _mean([getattr(r, name) for r in self.recent]) for name in _MEANS}
         speed = self.workers * sum(r.tokens for r in self.recent) / sum(r.seconds for r in self.recent)
         figures = (
-            f"{last.stage}: answers {means['answer_exact']:.1%}, on sight {means['seen_exact']:.1%}, "
+            f"{last.stage}: answers {means['answer_exact']:.1%}, on sight {means['seen_exact']:.1%} "
+            f"(things {means['sight_exact']:.1%}), "
             f"loss {means['answer_loss']:.2f}, {speed:,.0f} tok/s"
         )
         self.bar.update(self.task, completed=report.step, figures=figures)
@@ -163,10 +164,19 @@ class _Log:
                 file.write(json.dumps(rounded) + "\n")
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean of those that are numbers."""
-    known = [value for value in values if not math.isnan(value)]
+def _mean(values: Sequence[float | None]) -> float:
+    """The mean of those that are there, NaN without any."""
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
 
 
-_MEANS = ("text_loss", "answer_loss", "answer_exact", "seen_exact", "index_loss", "seconds")
+_MEANS = (
+    "text_loss",
+    "answer_loss",
+    "answer_exact",
+    "seen_exact",
+    "sight_loss",
+    "sight_exact",
+    "index_loss",
+    "seconds",
+)

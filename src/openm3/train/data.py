@@ -20,7 +20,7 @@ from openm3.tokens.prompt import user_message
 from openm3.tokens.tokenizer import SPECIALS, Tokenizer
 from openm3.tokens.video import video_from_frames
 from openm3.train.corpus import Source, gather, outline
-from openm3.train.pictures import Sight, SightMaker
+from openm3.train.pictures import WRITING, Sight, SightMaker
 from openm3.train.tasks import Question, TaskMaker
 
 
@@ -28,14 +28,28 @@ from openm3.train.tasks import Question, TaskMaker
 class Sample:
     """One training sequence: ids, rotary positions, and which tokens the model is taught to answer with.
 
-    `media` stand for its placeholders, in order. `seen` says that all its questions are about them.
+    `glimpses` stand for its placeholders, in order; `seen` says that all its questions are about them. One without ids
+    only shows what there is to see.
     """
 
     ids_T: Tensor
     position_T: Tensor
     answer_T: Tensor
-    media: tuple[Media, ...] = ()
+    glimpses: tuple[Glimpse, ...] = ()
     seen: bool = False
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A picture or video, and what is known of where things are in it.
+
+    Token `place_N` of it shows, with a share of `weight_N`, what the vocabulary's token `name_N` stands for.
+    """
+
+    media: Media
+    place_N: Tensor
+    name_N: Tensor
+    weight_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,8 @@ class Mixture:
     Of the names asked for that are not there, at least `lookalike_share` are close to names that are.
 
     Beside these there are `pictured` tokens of sequences in which every question is about another picture or video, and
-    `inserted_share` of the sequences of text hold one picture that is asked for among the rest.
+    `inserted_share` of the sequences of text hold one picture that is asked for among the rest. Of `shown` patches of
+    pictures it is only said what is where.
     """
 
     length: int
@@ -61,6 +76,7 @@ class Mixture:
     lookalike_share: float = 0.0
     pictured: int = 0
     inserted_share: float = 0.0
+    shown: int = 0
     max_position: int = 1_048_576
 
 
@@ -73,6 +89,12 @@ PICTURE_TURN_TOKENS = 30
 TIME_TOKENS = 14
 """About what the time of two frames takes."""
 
+LEAST_SHARE = 0.3
+"""Of a glyph, or of a token's square, that must be in the square to be said to be there."""
+
+SHOWN_KINDS = (WRITING, WRITING, WRITING, WRITING, "count", "colour")
+"""Kinds of pictures that are only looked at."""
+
 INSERTED_KINDS = ("number", "number", "number", "word", "colour", "shape")
 """Kinds of pictures that stand somewhere in a text."""
 
@@ -84,10 +106,14 @@ class Seen:
     `depth` is where it stands in a text, 0 the start, 1 the end.
     """
 
-    media: Media
+    glimpse: Glimpse
     question: Question
     spelled: str | None
     depth: float
+
+    @property
+    def media(self) -> Media:
+        return self.glimpse.media
 
 
 class SequenceMaker:
@@ -139,7 +165,7 @@ class SequenceMaker:
             return self.make(mixture)
         ids = self._fill(ids, mixture.length)
         position_T = self._positions(len(ids), mixture)
-        return Sample(torch.tensor(ids), position_T, self._answers(ids), () if seen is None else (seen.media,))
+        return Sample(torch.tensor(ids), position_T, self._answers(ids), () if seen is None else (seen.glimpse,))
 
     def _fill(self, ids: list[int], length: int) -> list[int]:
         """Bring a conversation to the exact length: more text at its start, after the head of the first turn."""
@@ -175,7 +201,41 @@ class SequenceMaker:
         is_video = sight.seconds is not None
         media = video_from_frames(sight.frames, sight.seconds) if is_video else read_image(sight.frames[0])
         question = Question(sight.kind, sight.question, sight.answer, sight.kind)
-        return Seen(media, question, sight.spelled, self.rng.random())
+        return Seen(self._labelled(media, sight), question, sight.spelled, self.rng.random())
+
+    def _labelled(self, media: Media, sight: Sight) -> Glimpse:
+        """What each token of a picture shows: glyphs and names by the tokens that stand for them in text."""
+        height, width = sight.frames[0].shape[:2]
+        _, h, w = media.grids[0]
+        labels = []
+        for name, (left, top, right, bottom) in sight.shown:
+            token = self.tokenizer.encode(name if len(name) == 1 else f" {name}")[0]
+            # In squares of 2x2 patches, a token each.
+            x0, x1, y0, y1 = left * w / 2 / width, right * w / 2 / width, top * h / 2 / height, bottom * h / 2 / height
+            whole = min(1.0, (x1 - x0) * (y1 - y0))
+            for y in range(int(y0), min(h // 2, math.ceil(y1))):
+                for x in range(int(x0), min(w // 2, math.ceil(x1))):
+                    share = (min(x1, x + 1) - max(x0, x)) * (min(y1, y + 1) - max(y0, y)) / max(whole, 1e-6)
+                    if share > LEAST_SHARE:
+                        labels.append((y * (w // 2) + x, token, share))
+        places, names, weights = zip(*labels, strict=True) if labels else ((), (), ())
+        return Glimpse(
+            media,
+            torch.tensor(places, dtype=torch.long),
+            torch.tensor(names, dtype=torch.long),
+            torch.tensor(weights, dtype=torch.float32),
+        )
+
+    def shown(self, mixture: Mixture) -> list[Sample]:
+        """Pictures of about `mixture.shown` patches in all, of which it is said what is where."""
+        glimpses: list[Glimpse] = []
+        left = 0 if self.sights is None else mixture.shown
+        while left > 0:
+            assert self.sights is not None
+            glimpses.append(self.look(self.sights.make(self.rng.choice(SHOWN_KINDS))).glimpse)
+            left -= len(glimpses[-1].media.patch_IC)
+        nothing = torch.zeros(0, dtype=torch.long)
+        return [Sample(nothing, nothing, nothing.bool(), tuple(glimpses))] if glimpses else []
 
     def pictured(self, mixture: Mixture) -> Sample:
         """A sequence of `mixture.length` tokens in which every turn brings a picture or a video and asks about it."""
@@ -202,7 +262,8 @@ class SequenceMaker:
             if len(ids) <= mixture.length:
                 ids = self._fill(ids, mixture.length)
                 position_T = self._positions(len(ids), mixture)
-                return Sample(torch.tensor(ids), position_T, self._answers(ids), media, seen=True)
+                glimpses = tuple(seen.glimpse for seen in turns)
+                return Sample(torch.tensor(ids), position_T, self._answers(ids), glimpses, seen=True)
             turns.pop()
         return self.pictured(mixture)
 
@@ -235,7 +296,7 @@ class SequenceMaker:
             for _ in range(max(1, mixture.tokens // mixture.length))
         ]
         count = 0 if self.sights is None else mixture.pictured // mixture.length
-        return texts + [self.pictured(mixture) for _ in range(count)]
+        return texts + [self.pictured(mixture) for _ in range(count)] + self.shown(mixture)
 
     def echo(self, mixture: Mixture) -> Sample:
         """Random records (a few tokens of name, a few of value), told in random order until the sequence is full.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,15 @@ from openm3.model.attention import Heads
 from openm3.model.batch import Batch
 from openm3.model.moe import Router
 from openm3.model.network import Network
-from openm3.model.vision import normalised
+from openm3.model.vision import Grid, normalised
 from openm3.ops.dispatch import use
 from openm3.tokens.media import Media
-from openm3.train.data import Mixture, Prefetcher, Sample, SequenceMaker
+from openm3.train.data import Glimpse, Mixture, Prefetcher, Sample, SequenceMaker
 from openm3.train.index_loss import index_kl
 from openm3.train.initial import initialise
 from openm3.train.optim import Muon
 from openm3.train.recipe import Recipe, Stage
+from openm3.train.sight_loss import SightLoss
 
 PATCHES = 512
 """Patches are computed in multiples of this many."""
@@ -39,14 +40,20 @@ _INSIDE = ("layers.", "vision.", "projector.")
 
 @dataclass(frozen=True)
 class Report:
-    """What one step measured. Losses in nats a token, speed in tokens a second; `seen_exact` is of answers on sight."""
+    """What one step measured. Losses in nats a token, speed in tokens a second.
+
+    `seen_exact` is of answers on sight, `sight_exact` of what is where in pictures, None without any; `sight_loss` is
+    `SightLoss`.
+    """
 
     step: int
     stage: str
     text_loss: float
     answer_loss: float
     answer_exact: float
-    seen_exact: float
+    seen_exact: float | None
+    sight_loss: float
+    sight_exact: float | None
     index_loss: float
     tokens: int
     seconds: float
@@ -64,7 +71,9 @@ class Trainer:
         self.compiled = compiled
         self.network = Network(recipe.model)
         initialise(self.network, recipe.seed)
+        self.sight = SightLoss(recipe.model) if recipe.model.vision else None
         self.matrices, vectors = _split_parameters(self.network)
+        vectors += self.sight.parameters() if self.sight else []
         dtype = torch.bfloat16 if low_precision else torch.float32
         self.muon = Muon(self.matrices, dtype=dtype)
         self.adam = torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, eps=1e-10)
@@ -87,10 +96,11 @@ class Trainer:
             if save_to is not None:
                 self.save(save_to)
 
-    def train_step(self, rows: list[Sample]) -> Report:
-        """One update from some sequences."""
+    def train_step(self, samples: list[Sample]) -> Report:
+        """One update from some sequences and pictures."""
         begin = time.perf_counter()
         stage = self.stage()
+        rows = [sample for sample in samples if len(sample.ids_T)]
         batch = Batch.whole([r.ids_T for r in rows], [r.position_T for r in rows])
         losses: list[Tensor] = []
         chosen = [self._index_rows(row) for row in rows]
@@ -99,10 +109,15 @@ class Trainer:
             losses.append(index_kl(heads, batch, chosen, selected=stage.selected))
 
         with self._fast():
-            hidden_TD = self.network.hidden(self._with_images(batch, rows), observer=observer)
+            images = self._look(samples)
+            sight, named = torch.zeros(()), None
+            if self.sight is not None:
+                sight, named = self.sight(images, self.network.embed.weight)
+            hidden_TD = self.network.hidden(self._with_images(batch, rows, images), observer=observer)
             text, answer, exact, seen = self._language_losses(hidden_TD, rows)
             index = torch.stack(losses).sum()
-            (self.recipe.text_weight * text + answer + self.recipe.index_weight * index).backward()
+            loss = self.recipe.text_weight * text + answer + self.recipe.index_weight * index
+            (loss + self.recipe.sight_weight * sight).backward()
         self._average_gradients()
         self._update()
         self.step += 1
@@ -111,7 +126,10 @@ class Trainer:
             self.kept.append((stage.kept, weights))
         tokens = int(batch.ids_T.shape[0])
         seconds = time.perf_counter() - begin
-        return Report(self.step, stage.name, text.item(), answer.item(), exact, seen, index.item(), tokens, seconds)
+        sights = sight.item(), named
+        return Report(
+            self.step, stage.name, text.item(), answer.item(), exact, seen, *sights, index.item(), tokens, seconds
+        )
 
     def stage(self) -> Stage:
         """The stage that the next step belongs to."""
@@ -141,6 +159,7 @@ class Trainer:
             "kept": self.kept,
             "muon": self.muon.state_dict(),
             "adam": self.adam.state_dict(),
+            "sight": self.sight.state_dict() if self.sight else {},
             "rows": self.rows.get_state(),
         }
         temporary = path.with_suffix(".tmp")
@@ -155,6 +174,8 @@ class Trainer:
         self.kept = state["kept"]
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
+        if self.sight is not None:
+            self.sight.load_state_dict(state["sight"])
         self.rows.set_state(state["rows"])
         self.maker.rng.seed(f"{self.maker.seed}-{self.step}")
 
@@ -178,16 +199,16 @@ class Trainer:
                     yield stage.mixture
             done += stage.steps
 
-    def _with_images(self, batch: Batch, samples: list[Sample]) -> Batch:
-        """The batch with what its pictures are to the network, in bfloat16 where products are."""
-        media = [one for sample in samples for one in sample.media]
-        if not media:
-            return batch
+    def _look(self, samples: list[Sample]) -> list[tuple[Glimpse, Tensor]]:
+        """What all pictures are to the network, [I / 4, D] each, in bfloat16 where products are."""
+        glimpses = [glimpse for sample in samples for glimpse in sample.glimpses]
+        if not glimpses:
+            return []
         # In the order of their sizes: rows of one length are computed together.
-        rows = [(grid, patch_IC) for one in media for grid, patch_IC in zip(one.grids, _rows(one), strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
-        grids = [rows[i][0] for i in order]
-        patch_IC = torch.cat([rows[i][1] for i in order])
+        rows = [(i, grid, patch_IC) for i, one in enumerate(glimpses) for grid, patch_IC in _rows(one.media)]
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number][2]))
+        grids = [rows[number][1] for number in order]
+        patch_IC = torch.cat([rows[number][2] for number in order])
         # Whole multiples: the library prepares its products anew for every new shape.
         if missing := -patch_IC.shape[0] % PATCHES:
             patch_IC = F.pad(patch_IC, (0, 0, 0, missing))
@@ -197,8 +218,18 @@ class Trainer:
         image_ID = _in(dtype, self.network.projector, feature_IC).float()
         parts = image_ID.split([t * h * w // self.network.projector.merged for t, h, w in grids])
         found = dict(zip(order, parts, strict=False))
+        seen: list[list[Tensor]] = [[] for _ in glimpses]
+        for number, (i, _, _) in enumerate(rows):
+            seen[i].append(found[number])
+        return [(one, torch.cat(own)) for one, own in zip(glimpses, seen, strict=True)]
+
+    def _with_images(self, batch: Batch, rows: list[Sample], images: list[tuple[Glimpse, Tensor]]) -> Batch:
+        """The batch with its pictures, which are the first of them."""
+        count = sum(len(row.glimpses) for row in rows)
+        if not count:
+            return batch
         place_I = self._is_media(batch.ids_T).nonzero()[:, 0]
-        return batch.with_images(place_I, torch.cat([found[i] for i in range(len(rows))]))
+        return batch.with_images(place_I, torch.cat([image_ID for _, image_ID in images[:count]]))
 
     def _is_media(self, ids_T: Tensor) -> Tensor:
         """Which tokens stand for pictures or videos."""
@@ -206,10 +237,10 @@ class Trainer:
         placeholders = [i for i in (config.image_id, config.video_id) if i is not None]
         return torch.isin(ids_T, torch.tensor(placeholders))
 
-    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float, float]:
+    def _language_losses(self, hidden_TD: Tensor, rows: list[Sample]) -> tuple[Tensor, Tensor, float, float | None]:
         """Mean next-token losses on some text and some answer tokens, and the share of the latter guessed right.
 
-        The last value is this share among the answers about pictures alone, NaN without any.
+        The last value is this share among the answers about pictures alone, None without any.
         """
         target_T = torch.cat([F.pad(r.ids_T[1:], (0, 1), value=-1) for r in rows])
         answer_T = torch.cat([F.pad(r.answer_T[1:], (0, 1), value=False) for r in rows])
@@ -224,7 +255,8 @@ class Trainer:
         loss_S = F.cross_entropy(logit_SV, target_T[token_S], reduction="none")
         right_S = (logit_SV[:split].argmax(-1) == target_T[answer_S]).float()
         seen_S = torch.cat([torch.full_like(r.ids_T, int(r.seen)) for r in rows])[answer_S].bool()
-        return loss_S[split:].mean(), loss_S[:split].mean(), right_S.mean().item(), right_S[seen_S].mean().item()
+        seen = right_S[seen_S].mean().item() if seen_S.any() else None
+        return loss_S[split:].mean(), loss_S[:split].mean(), right_S.mean().item(), seen
 
     def _index_rows(self, row: Sample) -> Tensor:
         """Tokens whose index loss counts: half of them before answer tokens, the others anywhere."""
@@ -238,9 +270,10 @@ class Trainer:
         if not dist.is_initialized():
             return
         # Where one worker saw no picture others may have seen some.
-        for p in self.network.parameters():
+        trained = [*self.network.parameters(), *(self.sight.parameters() if self.sight else [])]
+        for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in self.network.parameters() if p.grad is not None]
+        grads = [p.grad for p in trained if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
@@ -267,10 +300,11 @@ def final_weights(state: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _rows(media: Media) -> Sequence[Tensor]:
-    """The patches of each row of its grids."""
-    patches: Sequence[Tensor] = torch.from_numpy(media.patch_IC).split([t * h * w for t, h, w in media.grids])
-    return patches
+def _rows(media: Media) -> Iterator[tuple[Grid, Tensor]]:
+    """The rows of its grids, each with its patches."""
+    yield from zip(
+        media.grids, torch.from_numpy(media.patch_IC).split([t * h * w for t, h, w in media.grids]), strict=True
+    )
 
 
 def _in(dtype: torch.dtype, module: nn.Module, *inputs: Any) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -47,18 +48,37 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; `closure` is not supported."""
+        """One update; `closure` is not supported.
+
+        Workers of `torch.distributed` that hold the same weights and gradients each orthogonalise their part of the
+        matrices: that takes as long as a good part of a step.
+        """
         assert closure is None
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            updates = []
+            for i, p in enumerate(params):
                 state = self.state[p]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                if i % workers != rank:
+                    updates.append(torch.zeros_like(p))
+                    continue
                 moved = p.grad.lerp(momentum, group["momentum"])
                 matrix = moved.flatten(1) if moved.ndim > 3 else moved
-                update = orthogonalised(matrix, dtype=self.dtype).view_as(p)
+                updates.append(orthogonalised(matrix, dtype=self.dtype).view_as(p))
+            if workers > 1:
+                updates = _sums(updates)
+            for p, update in zip(params, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"])
+
+
+def _sums(parts: list[Tensor]) -> list[Tensor]:
+    """The sums over all workers, in one transfer."""
+    flat = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(flat)
+    sizes = [part.numel() for part in parts]
+    return [own.view_as(part) for own, part in zip(flat.split(sizes), parts, strict=True)]

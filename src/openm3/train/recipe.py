@@ -41,6 +41,7 @@ class Recipe:
     text_weight: float = 0.5
     loss_share: float = 0.4
     index_weight: float = 1.0
+    sight_weight: float = 1.0
     index_rows: int = 96
     seed: int = 0
     checkpoint_minutes: float = 3.0
@@ -82,9 +83,12 @@ TINY_VISION = VisionConfig(
 """The eyes of m3-tiny: as many weights as the rest of it."""
 
 
-_GLIMPSES = Mixture(length=512, tokens=1024, max_questions=6, echo_share=0.1, pictured=4096, inserted_share=0.2)
-_PAGES = Mixture(length=2048, tokens=4096, max_questions=12, pictured=4096, inserted_share=0.3)
-_CROWDS = Mixture(length=2048, tokens=4096, max_questions=16, crowd_share=0.6, pictured=4096, inserted_share=0.3)
+_LETTERS = Mixture(length=512, tokens=1024, max_questions=6, echo_share=0.1, shown=8192)
+_GLIMPSES = replace(_LETTERS, pictured=4096, inserted_share=0.2, shown=2048)
+_PAGES = Mixture(length=2048, tokens=4096, max_questions=12, pictured=4096, inserted_share=0.3, shown=2048)
+_CROWDS = Mixture(
+    length=2048, tokens=4096, max_questions=16, crowd_share=0.6, pictured=4096, inserted_share=0.3, shown=2048
+)
 _SELECTED = Mixture(length=4096, tokens=8192, max_questions=24, crowd_share=0.6, pictured=8192, inserted_share=0.3)
 _LOOKALIKES = replace(_CROWDS, crowd_share=0.7, lookalike_share=0.7)
 _SELECTED_LOOKALIKES = replace(_SELECTED, crowd_share=0.7, lookalike_share=0.7)
@@ -95,7 +99,8 @@ RECIPES = {
         vocab_size=4096,
         model=tiny_model(4096, vision=TINY_VISION),
         stages=(
-            Stage("glimpses", 2600, _GLIMPSES, selected=False),
+            Stage("letters", 1500, _LETTERS, selected=False),
+            Stage("glimpses", 2000, _GLIMPSES, selected=False),
             Stage("pages", 250, _PAGES, selected=False),
             Stage("crowds", 700, _CROWDS, selected=False, rate=(1.0, 0.2)),
             Stage("selected", 80, _SELECTED, selected=True, rate=(0.2, 0.03), kept=1),
@@ -104,5 +109,5 @@ RECIPES = {
         ),
     ),
 }
-"""Recipes by name. m3-tiny: pictures and short texts first, then longer texts beside them, in a dense warm-up; at last
-4,096 tokens of which 2,048 are selected, twice."""
+"""Recipes by name. m3-tiny: what glyphs and shapes look like, beside short texts; then questions about pictures, and
+longer texts beside them, in a dense warm-up; at last 4,096 tokens of which 2,048 are selected, twice."""

@@ -19,7 +19,8 @@ Box = tuple[int, int, int, int]
 MIN_CONTRAST = 3.0
 """Of ink to the background behind it, by the WCAG formula."""
 
-_LINEAR = ((np.arange(256) / 255 + 0.055) / 1.055) ** 2.4
+_SRGB = np.arange(256) / 255
+_LINEAR = np.where(_SRGB <= 0.04045, _SRGB / 12.92, ((_SRGB + 0.055) / 1.055) ** 2.4)
 _RULER = ImageDraw.Draw(Image.new("L", (1, 1)))
 _TO_CONES = np.array(
     [
@@ -57,6 +58,7 @@ def luminance_range(image: Image.Image, box: Box | None = None) -> tuple[float, 
 
 
 def random_colour(rng: random.Random) -> Colour:
+    """Any of the 16 million."""
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 

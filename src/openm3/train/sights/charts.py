@@ -7,11 +7,12 @@ import math
 from PIL import Image, ImageDraw
 
 from openm3.train.sights.canvas import Box, Colour, Painter
-from openm3.train.sights.shapes import random_shade, standing_out
+from openm3.train.sights.shapes import COLOURS, random_shade, standing_out
 from openm3.train.sights.sight import Sight
 from openm3.train.sights.sources import font
 from openm3.train.sights.text import random_word
 
+COLOUR_NAMES = tuple(COLOURS)
 CHART_SIZES = ((112, 112), (140, 112), (140, 140), (168, 112), (168, 140), (196, 140))
 _PAPERS: tuple[tuple[Colour, Colour], ...] = (
     ((255, 255, 255), (0, 0, 0)),
@@ -62,17 +63,14 @@ class _Page:
 def _labels(painter: Painter, num: int) -> list[str]:
     """Names of bars or points: letters, years or short words."""
     style = painter.rng.random()
-    if style < 0.5:
-        return list("ABCDEFGH"[:num])
-    if style < 0.75:
+    if style < 0.25:
         first = painter.rng.randint(1, 60)
         return [str(first + i) for i in range(num)]
-    found: list[str] = []
-    while len(found) < num:
-        word = random_word(painter, 4)
-        if word not in found:
-            found.append(word)
-    return found
+    if style < 0.5:
+        words = list(dict.fromkeys(random_word(painter, 4) for _ in range(2 * num)))
+        if len(words) >= num:
+            return words[:num]
+    return list("ABCDEFGH"[:num])
 
 
 def _bars(painter: Painter) -> Sight:

@@ -143,7 +143,8 @@ class Scene:
 
     def sight(self, kind: str, question: str, answer: str, box: Box | None = None, spelled: str | None = None) -> Sight:
         """The finished picture."""
-        return Sight([self.painter.worn(self.image, 8)], None, question, answer, spelled, kind, box)
+        shown = tuple((name, placed.box) for placed in self.placed for name in (placed.colour, placed.shape))
+        return Sight([self.painter.worn(self.image, 8)], None, question, answer, spelled, kind, box, shown=shown)
 
 
 def _scene(painter: Painter) -> Scene:

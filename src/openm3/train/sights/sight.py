@@ -15,6 +15,8 @@ class Sight:
     `frames` are [H, W, 3] uint8 in RGB: one for a picture, else one for each of `seconds`. `spelled` is a part of the
     answer that a model shall write one character at a time. `target` is the box (left, top, right, bottom; in pixels,
     right and bottom exclusive) of what a question asks to point at or to read, and `at` the second that it asks for.
+    `shown` says what is where as far as it is known, also of what nobody asks for: glyphs, and names of shapes and
+    colours, with their boxes.
     """
 
     frames: list[NDArray[np.uint8]]
@@ -25,6 +27,7 @@ class Sight:
     kind: str
     target: tuple[int, int, int, int] | None = None
     at: float | None = None
+    shown: tuple[tuple[str, tuple[int, int, int, int]], ...] = ()
 
 
 def point_text(box: tuple[int, int, int, int], width: int, height: int) -> str:

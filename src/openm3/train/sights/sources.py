@@ -216,7 +216,7 @@ def _photo_files() -> list[Path]:
 
 
 def _scene(path: Path) -> str:
-    """What a photo shows, as its name tells: views of one thing share it, so that they fall on one side of the split."""
+    """What a photo shows, as its name tells: views of one thing fall on one side of the split."""
     named = path.parents[2] if path.parents[1].name == "contents" else path
     return named.stem[:4].lower()
 

@@ -29,6 +29,9 @@ KINDS: dict[str, tuple[float, Callable[[Painter], Sight]]] = {
 }
 """Every kind: its weight, and what makes one."""
 
+WRITING = "writing"
+"""The kind that asks nothing: pictures full of words."""
+
 
 class SightMaker:
     """Endless pictures and short videos with questions, all randomness from one seed.
@@ -45,6 +48,8 @@ class SightMaker:
 
     def make(self, kind: str | None = None) -> Sight:
         """One sight, of any kind by weight or of the one given. Raises ConfigError for a kind that is not known."""
+        if kind == WRITING:
+            return text.writing(self._painter)
         if kind is None:
             kind = self._painter.rng.choices(self._kinds, self._weights)[0]
         if kind not in KINDS:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from openm3.train.sights.canvas import MIN_CONTRAST, Box, Colour, Painter, contrast, ink_for, luminance_range, paste
 from openm3.train.sights.sight import Sight, point_text
-from openm3.train.sights.sources import cap_height
+from openm3.train.sights.sources import Face, cap_height, font
 
 NUMBER_QUESTIONS = (
     "What number is in the picture?",
@@ -89,6 +89,7 @@ def where_word(painter: Painter) -> Sight:
     width, height = rng.choice(((140, 112), (168, 112), (168, 168), (196, 140), (196, 196)))
     image = painter.background(width, height)
     boxes: dict[str, Box] = {}
+    shown: list[tuple[str, Box]] = []
     for _ in range(rng.choice((2, 3, 3, 4, 5))):
         text = cased(painter, random_word(painter, 8))
         face = painter.sources.face(rng)
@@ -101,12 +102,39 @@ def where_word(painter: Painter) -> Sight:
             boxes[text] = paste(
                 image, mask, ink(painter, image, (*place, place[0] + mask.width, place[1] + mask.height)), place
             )
+            shown += glyphs(text, face, boxes[text])
     if not boxes:
         return where_word(painter)
     asked = rng.choice(list(boxes))
     point = point_text(boxes[asked], width, height)
     question = rng.choice(WHERE_WORD_QUESTIONS).format(asked)
-    return Sight([painter.worn(image, 9)], None, question, f"At ({point}).", point, "where", boxes[asked])
+    pixels = painter.worn(image, 9)
+    return Sight([pixels], None, question, f"At ({point}).", point, "where", boxes[asked], shown=tuple(shown))
+
+
+def writing(painter: Painter) -> Sight:
+    """Words and numbers all over a picture, in many faces and sizes, which nobody asks for: what glyphs look like."""
+    rng = painter.rng
+    width, height = rng.choice(((112, 112), (140, 112), (168, 112), (140, 140), (168, 140), (168, 168)))
+    image = painter.background(width, height)
+    boxes: list[Box] = []
+    shown: list[tuple[str, Box]] = []
+    misses = 0
+    while misses < 4:
+        text = str(rng.randrange(10000)) if rng.random() < 0.25 else cased(painter, random_word(painter, 9))
+        face = painter.sources.face(rng)
+        size = painter.fitting(text, face, width - 4, height // 2, 9, 40)
+        place = None
+        if size is not None:
+            mask = painter.letters(text, face, size, painter.degrees())
+            place = free_place(painter, (width, height), mask.size, boxes, 2)
+        if size is None or place is None:
+            misses += 1
+            continue
+        box = (*place, place[0] + mask.width, place[1] + mask.height)
+        boxes.append(paste(image, mask, ink(painter, image, box), place))
+        shown += glyphs(text, face, boxes[-1])
+    return Sight([painter.worn(image, 9)], None, "", "", None, "writing", shown=tuple(shown))
 
 
 def ink(painter: Painter, image: Image.Image, box: Box) -> Colour:
@@ -177,4 +205,20 @@ def _written(
     paste(image, mask, ink(painter, image, box), (x, y))
     spelled = " ".join(drawn.split())
     finest = size * cap_height(face)
-    return Sight([painter.worn(image, finest)], None, rng.choice(questions), answer, spelled, kind, box)
+    pixels, shown = painter.worn(image, finest), glyphs(drawn, face, box)
+    return Sight([pixels], None, rng.choice(questions), answer, spelled, kind, box, shown=shown)
+
+
+def glyphs(drawn: str, face: Face, box: Box) -> tuple[tuple[str, Box], ...]:
+    """About where each character of writing that fills a box is, if it is not turned: in lines of equal height."""
+    lines = drawn.split("\n")
+    ruler = font(face, 40)
+    widest = max(1.0, *(ruler.getlength(line) for line in lines))
+    left, top, right, bottom = box
+    found = []
+    for row, line in enumerate(lines):
+        ends = [left + (right - left) * ruler.getlength(line[:i]) / widest for i in range(len(line) + 1)]
+        y0, y1 = (round(top + (bottom - top) * edge / len(lines)) for edge in (row, row + 1))
+        spans = zip(line, ends, ends[1:], strict=False)
+        found += [(c, (round(x0), y0, round(x1), y1)) for c, x0, x1 in spans if not c.isspace()]
+    return tuple(found)

@@ -15,6 +15,10 @@ from openm3.train.sights.text import cased, free_place, ink, random_word
 
 MIN_FRAMES, MAX_FRAMES = 8, 60
 """Of a video; that is also its length in seconds."""
+SHORT_SIZES = ((56, 56), (84, 84), (112, 112))
+LONG_SIZES = ((56, 56), (56, 56), (84, 56), (84, 84))
+"""Of frames: smaller where there are more than 24."""
+
 WHEN_QUESTIONS = (
     "At which second does {} appear?",
     "At which second does {} appear?",
@@ -64,64 +68,70 @@ def _frames(
     At times the other `num_things - 1` things of the kind show in other frames.
     """
     rng = painter.rng
-    width, height = rng.choice(
-        ((56, 56), (56, 56), (84, 56), (84, 84)) if num_frames > 24 else ((56, 56), (84, 84), (112, 112))
-    )
+    size = rng.choice(LONG_SIZES if num_frames > 24 else SHORT_SIZES)
     at = rng.randrange(num_frames)
-    scene = Scene(painter, width, height)
-    plain = scene.image.copy()
-    things = _things(painter, scene, kind, num_things)
+    scene = Scene(painter, *size)
+    plain = scene.image
+    things = _shapes(scene, num_things) if kind == "shape" else _writing(painter, plain, kind, num_things)
     name, says, marked = things[0]
     share = rng.choice((0.0, 0.0, 0.1, 0.4))
     others = [plain, *(image for _, _, image in things[1:])]
     images = [rng.choice(others) if rng.random() < share else plain for _ in range(num_frames)]
     images[at] = marked
-    flicker = rng.random() < 0.5
-    noise = np.random.default_rng(rng.getrandbits(64))
+    return _filmed(painter, images), at, name, says
+
+
+def _filmed(painter: Painter, images: list[Image.Image]) -> list[NDArray[np.uint8]]:
+    """The pixels of the frames, which at times flicker or are noisy."""
+    rng = painter.rng
+    flicker = 0.07 if rng.random() < 0.5 else 0.0
     strength = rng.choice((0.0, 0.0, 2.0, 4.0))
+    noise = np.random.default_rng(rng.getrandbits(64))
     frames = []
     for image in images:
-        drawn = ImageEnhance.Brightness(image).enhance(rng.uniform(0.93, 1.07)) if flicker else image
-        pixels = np.array(drawn)
+        pixels = np.array(ImageEnhance.Brightness(image).enhance(rng.uniform(1 - flicker, 1 + flicker)))
         if strength:
-            pixels = np.clip(pixels + noise.standard_normal(pixels.shape, np.float32) * strength, 0, 255).astype(
-                np.uint8
-            )
+            noisy = pixels + strength * noise.standard_normal(pixels.shape, np.float32)
+            pixels = np.clip(noisy, 0, 255).astype(np.uint8)
         frames.append(pixels)
-    return frames, at, name, says
+    return frames
 
 
-def _things(painter: Painter, scene: Scene, kind: str, num_things: int) -> list[tuple[str, str, Image.Image]]:
-    """The thing that shows once, and others that may show more often: name, writing, picture."""
+Thing = tuple[str, str, Image.Image]
+"""What to call a thing, what it says, and the frame in which it shows."""
+
+
+def _shapes(scene: Scene, num: int) -> list[Thing]:
+    """Frames with a shape each, all of other kinds and colours."""
+    plain, side = scene.image, min(scene.image.size)
+    colours: list[str] = []
+    things = []
+    for shape in scene.painter.rng.sample(SHAPES, num):
+        colours.append(scene.colour(tuple(colours)))
+        scene.image, scene.placed = plain.copy(), []
+        scene.add(shape, colours[-1], side // 4, side // 2)
+        things.append((f"the {colours[-1]} {shape}", "", scene.image))
+    return things
+
+
+def _writing(painter: Painter, plain: Image.Image, kind: str, num: int) -> list[Thing]:
+    """Frames with a number or a word each, none part of another."""
     rng = painter.rng
-    plain = scene.image
-    if kind == "shape":
-        names: list[tuple[str, str]] = []
-        for shape in rng.sample(SHAPES, num_things):
-            names.append((shape, scene.colour(tuple(c for _, c in names))))
-        found = []
-        for shape, colour in names:
-            scene.image, scene.placed = plain.copy(), []
-            side = min(plain.size)
-            scene.add(shape, colour, side // 4, side // 2)
-            found.append((f"the {colour} {shape}", "", scene.image))
-        return found
-    found = []
-    while len(found) < num_things:
-        says = (
-            str(rng.randrange(10 ** rng.choice((1, 2, 3))))
-            if kind == "number"
-            else cased(painter, random_word(painter, 6))
-        )
-        image = plain.copy()
+    things: list[Thing] = []
+    while len(things) < num:
+        says = str(rng.randrange(10 ** rng.randint(1, 3))) if kind == "number" else random_word(painter, 6)
+        if kind == "word":
+            says = cased(painter, says)
         face = painter.sources.face(rng)
-        size = painter.fitting(says, face, image.width - 6, image.height - 6, 10, 40)
-        if size is None or any(says.lower() in f[0].lower() for f in found):
+        size = painter.fitting(says, face, plain.width - 6, plain.height - 6, 10, 40)
+        if size is None or any(says.lower() in t[1].lower() or t[1].lower() in says.lower() for t in things):
             continue
         mask = painter.letters(says, face, size)
-        place = free_place(painter, image.size, mask.size, [], 0)
+        place = free_place(painter, plain.size, mask.size, [], 0)
         if place is None:
             continue
-        paste(image, mask, ink(painter, image, (*place, place[0] + mask.width, place[1] + mask.height)), place)
-        found.append((f"the number {says}" if kind == "number" else f"the word “{says}”", says, image))
-    return found
+        image = plain.copy()
+        box = (*place, place[0] + mask.width, place[1] + mask.height)
+        paste(image, mask, ink(painter, image, box), place)
+        things.append((f"the number {says}" if kind == "number" else f"the word “{says}”", says, image))
+    return things

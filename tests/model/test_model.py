@@ -186,7 +186,7 @@ def test_pictures_read_in_chunks_are_those_read_at_once(recorded: Model) -> None
     picture = Media.of("image", pixels, [(1, 20, 20)], (280, 280))
     assert recorded.config.image_id is not None
     ids = [5, 6, *[recorded.config.image_id] * 100, 7, 8]
-    images = recorded._seen(ids, [picture])
+    images = recorded.see(ids, [picture])
     whole = recorded.session(200).read(ids, images=images)
     torch.testing.assert_close(recorded.session(200).read(ids, chunk=30, images=images), whole, atol=1e-4, rtol=0)
     torch.testing.assert_close(recorded.logits(ids, [picture])[-1], whole, atol=1e-4, rtol=0)

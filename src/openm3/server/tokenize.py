@@ -70,12 +70,12 @@ def routes(service: Service) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """The token ids of a text or a conversation."""
-        service.check_open()
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         if body.documents and body.messages is None:
             raise RequestError("documents need messages to stand in", param="documents")
+        service.check_open()
         if body.messages is not None:
             messages = with_documents(with_media(body.messages), body.documents)
             call = Call(messages=messages, tools=body.tools or (), thinking=body.thinking)

@@ -27,6 +27,7 @@ from openm3.server.calls import Call
 from openm3.server.command import Server, listening
 from openm3.server.service import Service
 from openm3.server.settings import ServerSettings
+from openm3.tokens.media import Media
 
 CACHE_TOKENS = 120_000
 """Room for two coding agents' conversations."""
@@ -117,8 +118,8 @@ class _Service(Service):
         super().__init__(engine, stage.model, settings)
         self._stage = stage
 
-    def _prepared(self, call: Call) -> tuple[list[int], Constraint | None]:
-        ids, grammar = super()._prepared(call)
+    def _prepared(self, call: Call, media: Sequence[Media]) -> tuple[list[int], Constraint | None]:
+        ids, grammar = super()._prepared(call, media)
         return ids, self._stage.written(call, grammar)
 
 

@@ -105,7 +105,7 @@ def test_models(client: anthropic.Anthropic) -> None:
 
 
 def test_refusals_are_the_clients_own_errors(client: anthropic.Anthropic, question: Question) -> None:
-    for wrong in ({"thinking": {"type": "loud"}}, {"max_tokens": 0}, {"messages": []}):
+    for wrong in ({"thinking": {"type": "loud"}}, {"max_tokens": -1}, {"messages": []}):
         with pytest.raises(anthropic.BadRequestError, match=next(iter(wrong))) as caught:
             client.messages.create(**{**PLAIN, "messages": question.messages, **wrong})
         assert caught.value.request_id == caught.value.response.headers["request-id"]
